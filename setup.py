@@ -1,0 +1,22 @@
+"Everything this needs to know stands in settings.ini. The lock is requirements.txt, so no dependency is repeated here."
+from configparser import ConfigParser
+
+from setuptools import setup
+
+parser = ConfigParser(delimiters=["="])
+parser.read("settings.ini", encoding="utf-8")
+settings = parser["DEFAULT"]
+
+setup(
+    name=settings["lib_name"],
+    version=settings["version"],
+    description=settings["description"],
+    author=settings["author"],
+    author_email=settings["author_email"],
+    license="MIT",
+    keywords=settings["keywords"].split(),
+    python_requires=f">={settings['min_python']},<3.12",
+    packages=[settings["lib_path"]],
+    entry_points={"console_scripts": [settings["console_scripts"]]},
+    zip_safe=False,
+)
