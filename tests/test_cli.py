@@ -1,0 +1,111 @@
+"The command line as a process: what a user types, sees, and finds on disk."
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+CVDL = Path(sys.executable).with_name("cvdl")
+
+
+def run(*words, cwd, code=0):
+    "Run `cvdl`, check its exit code, and return what it printed."
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    done = subprocess.run([CVDL, *map(str, words)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == code, f"{words}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert "Traceback" not in done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    "A folder with a trained baseline in models/tiny/baseline."
+    folder = tmp_path_factory.mktemp("cli")
+    done = run("train", "--num-images", 300, "--epochs", 1, "--run", "tiny", cwd=folder)
+    assert "validation images" in done.stdout
+    return folder
+
+
+def test_train_leaves_a_run(folder):
+    left = {path.name for path in (folder / "models/tiny/baseline").iterdir()}
+    assert {"model.keras", "recipe.json", "run.json", "history.csv", "training.log"} <= left
+    assert not any(name.endswith((".npz", ".partial")) for name in left)
+
+
+def test_train_again_opens_the_finished_run(folder):
+    before = (folder / "models/tiny/baseline/model.keras").stat().st_mtime_ns
+    run("train", "--num-images", 300, "--epochs", 1, "--run", "tiny", cwd=folder)
+    assert (folder / "models/tiny/baseline/model.keras").stat().st_mtime_ns == before
+
+
+def test_another_recipe_moves_the_old_run_aside(folder):
+    run("train", "--num-images", 300, "--epochs", 1, "--run", "aside", cwd=folder)
+    run("train", "--num-images", 300, "--epochs", 1, "--run", "aside", "--seed", 1, cwd=folder)
+    assert list((folder / "models/aside/replaced").glob("baseline-*/model.keras"))
+
+
+def test_evaluate_with_gradcam(folder):
+    done = run("evaluate", "--model", "models/tiny/baseline", "--gradcam", "--output", "out", cwd=folder)
+    metrics = json.loads((folder / "out/metrics.json").read_text())
+    assert f"{metrics['accuracy']:.2%}" in done.stdout
+    assert metrics["n"] == sum(each["support"] for each in metrics["per_class"].values())
+    for figure in ["confusion_matrix.png", "gradcam_examples.png"]:
+        assert Image.open(folder / "out" / figure).size[0] > 300
+
+
+@pytest.mark.parametrize("options", [("onnx",), ("tflite",), ("savedmodel",), ("tflite", "--quantize")])
+def test_export_agrees_and_predicts(folder, options):
+    done = run("export", "--model", "models/tiny/baseline", "--format", *options, "--output", "-".join(options), cwd=folder)
+    agreement = float(done.stdout.split("agrees with Keras on ")[1].split("%")[0])
+    assert agreement >= (90 if "--quantize" in options else 99.9)
+    artefact = done.stdout.split(":")[0]
+    image = folder / "a photo ü.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 40, 4), dtype=np.uint8)).save(image)
+    printed = run("predict", "--model", artefact, image, cwd=folder).stdout
+    keras = run("predict", "--model", "models/tiny/baseline", image, cwd=folder).stdout
+    if "--quantize" not in options:
+        assert printed == keras
+    assert any(name in printed for name in ["disc", "ring", "spiral", "heart", "star", "square", "cross", "arrow", "crescent", "triangle"])
+
+
+def test_predict_goes_on_behind_a_bad_file(folder):
+    (folder / "text.png").write_text("not an image")
+    Image.new("L", (20, 20), 99).save(folder / "gray.png")
+    done = run("predict", "--model", "models/tiny/baseline", "text.png", "missing.png", "gray.png", cwd=folder, code=1)
+    assert done.stdout.startswith("gray.png: ")
+    assert "text.png: not an image" in done.stderr and "missing.png: " in done.stderr
+
+
+@pytest.mark.parametrize(("words", "expected"), [
+    (["train", "--data", "no-such-data"], "no-such-data"),
+    (["train", "--data", "shapes", "--num-images", "5"], ""),
+    (["train", "--model", "baseline", "--freeze-base"], "no pretrained base"),
+    (["evaluate", "--model", "nowhere"], "nowhere"),
+    (["evaluate", "--model", "text.keras"], "text.keras"),
+    (["export", "--model", "models/tiny/baseline", "--format", "onnx", "--quantize"], "--quantize"),
+    (["predict", "--model", "nowhere.onnx", "x.png"], "nowhere.onnx"),
+])
+def test_bad_input_is_one_sentence(folder, words, expected):
+    (folder / "text.keras").write_text("not a model")
+    done = run(*words, cwd=folder, code=1)
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("cvdl: ") and expected in lines[0], done.stderr
+
+
+@pytest.mark.parametrize("words", [["train", "--model", "vgg"], ["export", "--model", "x", "--format", "pdf"], ["paint"]])
+def test_a_wrong_choice_is_a_usage_error(words, tmp_path):
+    run(*words, cwd=tmp_path, code=2)
+
+
+def test_choices_are_those_of_the_modules():
+    from cvdl.cli import ExportFormat, ModelName
+    from cvdl.export import FORMATS
+    from cvdl.transfer import BACKBONES
+
+    assert {each.value for each in ModelName} == {"baseline", *BACKBONES}
+    assert {each.value for each in ExportFormat} == set(FORMATS)
