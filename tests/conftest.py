@@ -1,0 +1,97 @@
+"Copies of the repository to run in, and small books for the mechanics of the pipeline."
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+ROOT = Path(__file__).resolve().parent.parent
+ENVIRONMENT = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "PROFILE", "DATA", "RUN")}
+
+
+def make(
+    folder: Path,
+    *words: str,          # targets and VARIABLE=value
+    code: int = 0,        # expected exit code
+    timeout: float = 900,
+) -> subprocess.CompletedProcess:
+    "Run make in `folder`, as a user would, and check how it ends."
+    done = subprocess.run(["make", *words], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == code, f"make {' '.join(words)}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert "Traceback" not in done.stdout + done.stderr
+    return done
+
+
+def clone(
+    folder: Path,
+    *names: str,  # what to copy
+) -> Path:
+    "Copy parts of the repository, with their times, and lend it this environment."
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ["Makefile", "settings.ini", "setup.py", "requirements.txt", "_config.yml", "tools", *names]:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+        else:
+            shutil.copy2(source, folder / name)
+    (folder / ".venv").symlink_to(sys.prefix)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def book(tmp_path_factory) -> Path:
+    "A copy of the whole repository without any run."
+    return clone(tmp_path_factory.mktemp("book") / "cvdl", "_toc.yml", "nbs", "cvdl")
+
+
+@pytest.fixture(scope="session")
+def tiny(book) -> Path:
+    "The copy after `make book PROFILE=tiny`."
+    done = make(book, "book", "PROFILE=tiny")
+    assert "The run tiny is finished: open _build/html/index.html" in done.stdout
+    return book
+
+
+def write_chapter(folder: Path, name: str, parameters: str, *code: str) -> None:
+    "A chapter of a few cells."
+    title = name[3:].capitalize()
+    cells = [new_markdown_cell(f"# {title}\n\n> What {title} promises."), new_code_cell(parameters, metadata={"tags": ["parameters"]}),
+             new_code_cell(f"#| default_exp {name[3:]}"), *map(new_code_cell, code), new_markdown_cell("## Summary\n\nA formula: $x^2$.")]
+    notebook = new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}})
+    for index, cell in enumerate(notebook.cells):
+        cell.id = f"cell-{index}"
+    nbformat.write(notebook, folder / "nbs" / f"{name}.ipynb")
+
+
+@pytest.fixture(scope="session")
+def finished_small_book(tmp_path_factory) -> Path:
+    "A book of three chapters without TensorFlow, run once."
+    folder = clone(tmp_path_factory.mktemp("small") / "finished")
+    (folder / "nbs" / "profiles").mkdir(parents=True)
+    (folder / "nbs" / "profiles" / "quick.yml").write_text("parameters: {seed: 1}\nchapters: {02_report: {digits: 3}}\n")
+    (folder / "cvdl").mkdir()
+    (folder / "cvdl" / "__init__.py").write_text('__version__ = "0"\n')
+    (folder / "_toc.yml").write_text("format: jb-book\nroot: index\nchapters:\n" + "".join(
+        f"  - file: nbs/{name}\n" for name in ("00_data", "01_wait", "02_report")))
+    write_chapter(folder, "00_data", 'run = "lab"\nseed = 0\ndata = "shapes"', "#| export\nANSWER = 42",
+                  "import sys\nfrom tqdm.auto import tqdm\nfor _ in tqdm(range(3), desc='bar'):\n    pass\n"
+                  "print('to stderr', file=sys.stderr)\nprint('to stdout')")
+    write_chapter(folder, "01_wait", 'run = "lab"\nseconds = 0', "#| slow\nimport time\nfrom pathlib import Path\n"
+                  "Path('waiting').touch()\ntime.sleep(seconds)\nfrom cvdl.data import ANSWER\nANSWER")
+    write_chapter(folder, "02_report", 'run = "lab"\ndigits = 2\nseed = 0', "#| slow\nimport json\nfrom pathlib import Path\nimport matplotlib.pyplot as plt\n"
+                  "figures = Path('results') / run / 'figures'\nfigures.mkdir(exist_ok=True)\nplt.plot([0, seed])\nplt.savefig(figures / 'line.png')\n"
+                  "landing = {'headline': f'The seed is **{seed}**.', 'table': '| a |\\n|--:|\\n| 1 |', 'figures': {'line.png': 'A line'}}\n"
+                  "(figures.parent / 'report.json').write_text(json.dumps({'landing': landing}))")
+    make(folder, "chapters")
+    return folder
+
+
+@pytest.fixture
+def small_book(finished_small_book, tmp_path) -> Path:
+    "A copy of the finished small book, with its times, so that make sees nothing to do."
+    return Path(shutil.copytree(finished_small_book, tmp_path / "small", symlinks=True))

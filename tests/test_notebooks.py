@@ -1,0 +1,151 @@
+"Notebooks and modules: clean, in sync, in order, and their lesson cells pass."
+
+import ast
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from common import parameter_names
+from conftest import ROOT
+
+NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
+CHAPTERS = [path for path in NOTEBOOKS if re.match(r"\d\d_", path.name)]
+BIN = Path(sys.executable).parent
+notebooks = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+chapters = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+
+
+def run(*words, cwd=ROOT, **options):
+    "Run a command and return what it printed; its output is the message when it fails."
+    done = subprocess.run([str(word) for word in words], cwd=cwd, capture_output=True, text=True, timeout=600, **options)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
+    return done.stdout
+
+
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def sources(path, kind):
+    return ["".join(cell["source"]) for cell in read(path)["cells"] if cell["cell_type"] == kind]
+
+
+@pytest.fixture(scope="module")
+def cleaned(tmp_path_factory):
+    "Copies of the notebooks after nbdev_clean with this repository's settings."
+    folder = tmp_path_factory.mktemp("cleaned")
+    for path in NOTEBOOKS:
+        shutil.copy(path, folder)
+    run(BIN / "nbdev_clean", "--fname", folder)
+    return folder
+
+
+@notebooks
+def test_nbdev_clean_is_a_no_op(path, cleaned):
+    assert (cleaned / path.name).read_text(encoding="utf-8") == path.read_text(encoding="utf-8")
+
+
+@chapters
+def test_parameters_tag_survives_nbdev_clean(path, cleaned):
+    tagged = [cell for cell in read(cleaned / path.name)["cells"] if "parameters" in cell["metadata"].get("tags", [])]
+    assert len(tagged) == 1
+
+
+def test_nbdev_clean_removes_outputs_metadata_but_not_tags(tmp_path):
+    "The check above can fail: what must go goes, what must stay stays."
+    notebook = read(CHAPTERS[0])
+    for cell in notebook["cells"]:
+        cell["metadata"]["papermill"] = {"duration": 1.0}
+    (tmp_path / "dirty.ipynb").write_text(json.dumps(notebook))
+    run(BIN / "nbdev_clean", "--fname", tmp_path / "dirty.ipynb")
+    left = {key for cell in read(tmp_path / "dirty.ipynb")["cells"] for key in cell["metadata"]}
+    assert left == {"tags"}
+
+
+@chapters
+def test_chapter_has_the_shape_of_a_chapter(path):
+    cells = read(path)["cells"]
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells), "sources carry no outputs"
+    assert len(cells) <= 80
+    opening = "".join(cells[0]["source"]) + "\n" + "".join(cells[1]["source"])
+    assert re.match(r"# \S.*\n\n> \S", opening), "title and promise come first"
+    names = parameter_names(path.stem)
+    assert "run" in names and len(names) <= 12
+    headings = [line for text in sources(path, "markdown") for line in re.sub(r"```.*?```", "", text, flags=re.DOTALL).splitlines()
+                if re.match(r"#{1,6} ", line)]
+    assert sum(line.startswith("# ") for line in headings) == 1
+    endings = [line.removeprefix("## ") for line in headings if line.startswith("## ")]
+    for ending in ("The experiment", "What we found", "Summary", "Exercises", "References"):
+        assert ending in endings
+
+
+@notebooks
+def test_no_machine_path_and_no_reminder(path):
+    text = path.read_text(encoding="utf-8")
+    assert not re.findall(r"/(?:root|work|tmp)/\w+|/home/\w+|\b(?:TODO|FIXME|XXX|HACK)\b", text)
+
+
+def test_modules_are_in_sync_with_notebooks(tmp_path):
+    for name in ("nbs", "cvdl"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    shutil.copy(ROOT / "settings.ini", tmp_path)
+    for module in (tmp_path / "cvdl").glob("*.py"):
+        if module.name != "__init__.py":
+            module.unlink()
+    run(BIN / "nbdev_export", cwd=tmp_path)
+    exported = {module.name: module.read_text() for module in (tmp_path / "cvdl").glob("*.py")}
+    present = {module.name: module.read_text() for module in (ROOT / "cvdl").glob("*.py")}
+    assert sorted(exported) == sorted(present)
+    for name, text in exported.items():
+        assert present[name] == text, f"cvdl/{name} is not what nbdev_export makes of its notebook"
+
+
+def imported(module: Path) -> set[str]:
+    "Modules of cvdl that a module imports, wherever it does so."
+    found = set()
+    for node in ast.walk(ast.parse(module.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "cvdl":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cvdl."):
+            found.add(node.module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("cvdl.")}
+    return found
+
+
+@chapters
+def test_modules_import_only_earlier_chapters(path):
+    number = {chapter.stem[3:]: int(chapter.stem[:2]) for chapter in CHAPTERS}
+    name = path.stem[3:]
+    forward = sorted(other for other in imported(ROOT / "cvdl" / f"{name}.py") if number.get(other, 99) >= number[name])
+    assert not forward, f"chapter {path.stem} imports {', '.join(forward)}"
+
+
+@notebooks
+def test_lesson_cells_pass(path):
+    run(BIN / "nbdev_test", "--path", path, "--n_workers", 1)
+
+
+def test_ruff_is_content():
+    run(BIN / "ruff", "check")
+
+
+def test_import_is_instant_and_light():
+    code = "import time, sys; start = time.perf_counter(); import cvdl; print(time.perf_counter() - start, 'tensorflow' in sys.modules)"
+    answers = [run(sys.executable, "-c", code).split() for _ in range(3)]
+    assert min(float(seconds) for seconds, _ in answers) < 0.2
+    assert {loaded for _, loaded in answers} == {"False"}
+
+
+def test_data_does_not_import_tensorflow():
+    assert run(sys.executable, "-c", "import cvdl.data, sys; print('tensorflow' in sys.modules)") == "False\n"
+
+
+def test_every_chapter_is_in_the_table_of_contents():
+    from build_site import toc_chapters
+
+    assert toc_chapters() == [path.stem for path in CHAPTERS]

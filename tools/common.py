@@ -1,0 +1,72 @@
+"What the tools of the pipeline share: places, parameters of a chapter, and errors of one sentence."
+
+import ast
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = ROOT / "nbs"
+PROFILES = NOTEBOOKS / "profiles"
+RESULTS = ROOT / "results"
+MODELS = ROOT / "models"
+
+
+class Problem(Exception):
+    "Something the user can mend; the message is one sentence that says how."
+
+
+def main(
+    action: Callable[..., None],  # takes the words of the command line
+) -> None:
+    "Run `action`; a `Problem` ends in its sentence and exit code 1, Ctrl-C in exit code 130."
+    try:
+        action(*sys.argv[1:])
+    except Problem as problem:
+        print(problem, file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def chapters() -> list[str]:  # such as ["00_data", "01_augmentation"]
+    "The chapters of the book, in order."
+    return sorted(path.stem for path in NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+
+
+def parameter_names(
+    chapter: str,  # such as "00_data"
+) -> list[str]:
+    "The names that the chapter's `parameters` cell assigns."
+    notebook = json.loads((NOTEBOOKS / f"{chapter}.ipynb").read_text(encoding="utf-8"))
+    cells = [cell for cell in notebook["cells"] if "parameters" in cell["metadata"].get("tags", [])]
+    if len(cells) != 1:
+        raise Problem(f"nbs/{chapter}.ipynb: expected one cell with the tag 'parameters', got {len(cells)}.")
+    statements = ast.parse("".join(cells[0]["source"])).body
+    return [target.id for statement in statements if isinstance(statement, ast.Assign) for target in statement.targets]
+
+
+def write_if_changed(
+    path: Path,  # file to write, whole or not at all
+    text: str,
+) -> None:
+    "Write `text`, or leave the file and its time alone if it says that already."
+    if path.exists() and path.read_text(encoding="utf-8") == text:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def duration(
+    seconds: float,
+) -> str:  # such as "7.3 s", "2:05" (minutes), "1:02:05" (hours)
+    "A length of time for people."
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,26 @@
+#!/bin/sh
+# Make the virtual environment from the lock. The stamp is written last, so an interrupted installation starts again.
+set -eu
+venv=$1
+
+if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+    rm -rf "$venv"
+    found=
+    for candidate in python3.11 python3 python; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; then
+            found=$candidate
+            break
+        fi
+    done
+    if [ -z "$found" ]; then
+        echo "Python 3.11 is needed and was not found: install it so that python3.11 or python3 starts it." >&2
+        exit 1
+    fi
+    "$found" -m venv "$venv" || { rm -rf "$venv"; echo "$found cannot make a virtual environment: install its venv module." >&2; exit 1; }
+fi
+
+echo "Installing $(grep -c == requirements.txt) pinned packages into $venv (minutes, once)."
+export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
+"$venv/bin/python" -m pip install --quiet --requirement requirements.txt
+"$venv/bin/python" -m pip install --quiet --no-deps --no-build-isolation --editable .
+touch "$venv/.ready"

@@ -1,0 +1,38 @@
+"Write the results section of README.md from the committed CIFAR-10 run, so that no number there is typed."
+
+import json
+import re
+import sys
+
+from common import RESULTS, ROOT, Problem, main, write_if_changed
+
+README = ROOT / "README.md"
+SECTION = re.compile(r"(<!-- results:[^>]*-->\n).*?(<!-- /results -->)", re.DOTALL)
+
+
+def section() -> str:  # Markdown
+    "The headline, the table and the conditions of results/cifar10/report.json."
+    path = RESULTS / "cifar10" / "report.json"
+    if not path.exists():
+        raise Problem(f"{path.relative_to(ROOT)} is missing: run make book PROFILE=cifar10 first.")
+    report = json.loads(path.read_text(encoding="utf-8"))
+    conditions = "; ".join(f"{name}: {value}" for name, value in report["conditions"].items() if name != "classes")
+    return "\n\n".join([report["landing"]["headline"], report["landing"]["table"], f"*{conditions}.*"])
+
+
+def updated(
+    text: str,  # of README.md
+) -> str:
+    "The README with the section of the present run."
+    if len(SECTION.findall(text)) != 1:
+        raise Problem("README.md: expected one section between <!-- results: … --> and <!-- /results -->.")
+    return SECTION.sub(lambda found: f"{found[1]}{section()}\n{found[2]}", text)
+
+
+def write_readme() -> None:
+    "Rewrite the section in README.md."
+    write_if_changed(README, updated(README.read_text(encoding="utf-8")))
+
+
+if __name__ == "__main__":
+    sys.exit(main(write_readme))
