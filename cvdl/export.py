@@ -6,13 +6,13 @@
 __all__ = ['OPSET', 'FORMATS', 'INT8_FILE', 'Artefact', 'read_artefact', 'export_savedmodel', 'savedmodel_predictor',
            'export_onnx', 'onnx_predictor', 'export', 'artefact_format', 'load_predictor', 'describe', 'parity']
 
-# %% ../nbs/08_export.ipynb #5d800feb
+# %% ../nbs/08_export.ipynb #7f7c142d
 import hashlib
 import json
 import os
 import shutil
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
