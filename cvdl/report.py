@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MODULES', 'COLUMNS', 'gather', 'conditions', 'variant', 'comparison', 'markdown_table', 'frontier', 'plot_tradeoff',
-           'smallest_near', 'headline', 'model_card']
+           'headline', 'model_card']
 
-# %% ../nbs/10_report.ipynb #d5f0f082
+# %% ../nbs/10_report.ipynb #a6f188b7
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,7 +15,6 @@ import numpy as np
 import pandas as pd
 
 from .data import DataError, read_json
-from .evaluation import wilson_interval
 
 # %% ../nbs/10_report.ipynb #a754052a
 MODULES = ("data", "training", "evaluation", "gradcam", "optimization", "export")
@@ -49,7 +48,7 @@ def conditions(
             "processor": f"{machine['cpu']}, {machine['cores']} cores ({', '.join(machine['flags'])})",
             "versions": ", ".join(f"{name} {version}" for name, version in versions.items()), "measured": source["time"][:10]}
 
-# %% ../nbs/10_report.ipynb #b8b62394
+# %% ../nbs/10_report.ipynb #a04e0cf9
 COLUMNS = ("model", "variant", "runtime", "accuracy", "interval_low", "interval_high", "n", "parameters", "size_mb",
            "compressed_mb", "latency_ms")
 
@@ -72,8 +71,7 @@ def comparison(
         rows.append((name, "trained", "Keras", test["accuracy"], *test["interval"], test["n"], entry["parameters"],
                      entry["size_mb"], np.nan, entry["latency_ms"]))
     for each in files["optimization"]["candidates"]:
-        low, high = wilson_interval(round(each["accuracy"] * each["n"]), each["n"])
-        rows.append((each["model"], variant(each), "TFLite", each["accuracy"], low, high, each["n"],
+        rows.append((each["model"], variant(each), "TFLite", each["accuracy"], *each["interval"], each["n"],
                      models[each["model"]]["parameters"], each["bytes"] / 1e6, each["compressed_bytes"] / 1e6, each["latency_ms"]))
     return pd.DataFrame(rows, columns=COLUMNS).sort_values("accuracy", ascending=False, kind="stable", ignore_index=True)
 
@@ -120,39 +118,29 @@ def plot_tradeoff(
     ax.legend()
     return ax
 
-# %% ../nbs/10_report.ipynb #8f2e286a
-def smallest_near(
-    table: pd.DataFrame,           # from `comparison`
-    model: str,                    # name of a trained model
-    *,
-    max_points_lost: float = 1.0,  # accuracy that a smaller file may cost, in points
-) -> pd.Series:                    # a row of the table
-    "The smallest row of all whose accuracy is at most `max_points_lost` below that of the trained `model`."
-    reference = table.query("model == @model and variant == 'trained'")["accuracy"].item()
-    near = table[table["accuracy"] >= reference - max_points_lost / 100 - 1e-9]
-    return near.sort_values(["size_mb", "latency_ms"]).iloc[0]
-
-
+# %% ../nbs/10_report.ipynb #678c695e
 def headline(
     files: Mapping[str, Mapping],  # from `gather`
-    *,
-    max_points_lost: float = 1.0,  # accuracy that a smaller file may cost, in points
 ) -> str:                          # Markdown
     "The run in two or three sentences."
-    table, selected = comparison(files), files["evaluation"]["selected"]
-    best = table.query("model == @selected and variant == 'trained'").iloc[0]
-    small = smallest_near(table, selected, max_points_lost=max_points_lost)
-    text = (f"On {files['data']['name']}, **{selected}** labels **{best.accuracy:.2%}** of {best.n:,} test images correctly "
-            f"(95 % interval {best.interval_low:.1%} to {best.interval_high:.1%}).")
-    if small.variant != "trained" or small.model != selected:
-        text += (f" The smallest file within {max_points_lost:g} point of it, {small.model} ({small.variant}), has {small.size_mb:.2f} MB "
-                 f"instead of {best.size_mb:.2f}, reaches {small.accuracy:.2%} and takes {small.latency_ms:.2f} ms for an image.")
-    float_exports = [each["parity"]["top1_agreement"] for each in files["export"]["artefacts"] if each["precision"] == "float32"]
-    if float_exports:
-        text += f" Exported in float32, it gives the answer of Keras for at least {min(float_exports):.2%} of the images."
+    selected, optimization = files["evaluation"]["selected"], files["optimization"]
+    best = files["evaluation"]["models"][selected]
+    test, (low, high) = best["test"], best["test"]["interval"]
+    text = (f"On {files['data']['name']}, **{selected}** labels **{test['accuracy']:.2%}** of {test['n']:,} test images correctly "
+            f"(95 % interval {low:.1%} to {high:.1%}).")
+    small = next((each for each in optimization["candidates"] if each["name"] == optimization["selected"]), None)
+    if small:
+        points, origin = 100 * (small["accuracy"] - test["accuracy"]), files["evaluation"]["models"][small["model"]]["size_mb"]
+        text += (f" The file that we would deploy, {small['model']} ({variant(small)}), has {small['bytes'] / 1e6:.2f} MB instead of "
+                 f"{origin:.2f}, labels {small['accuracy']:.2%} correctly ({points:+.2f} points) and takes {small['latency_ms']:.2f} ms for an image.")
+    agreement = [each["parity"]["top1_agreement"] for each in files["export"]["artefacts"]
+                 if each["model"] == selected and each["precision"] == "float32"]
+    if agreement:
+        text += (f" {len(agreement)} float32 export{'s give' if len(agreement) > 1 else ' gives'} the same label as Keras on "
+                 f"{'at least ' if min(agreement) < 1 else ''}{min(agreement):.2%} of them.")
     return text
 
-# %% ../nbs/10_report.ipynb #576f0a08
+# %% ../nbs/10_report.ipynb #38f64e4e
 def model_card(
     files: Mapping[str, Mapping],  # from `gather`
 ) -> str:                          # Markdown
@@ -165,7 +153,7 @@ def model_card(
     own = comparison(files).query("model == @selected")
     artefacts = [f"- {each['format']}, {each['precision']}, {each['bytes'] / 1e6:.2f} MB: top-1 agreement with Keras "
                  f"{each['parity']['top1_agreement']:.2%} of {each['parity']['n']:,} images"
-                 for each in files["export"]["artefacts"] if each.get("model", selected) == selected]
+                 for each in files["export"]["artefacts"] if each["model"] == selected]
     return "\n".join([
         f"# Model card: {selected} on {data['name']}", "",
         f"An image classifier with {entry['parameters']:,} parameters for {len(data['classes'])} classes: {facts['classes']}. "
@@ -174,8 +162,8 @@ def model_card(
         "Teaching, and classification of images like those it was trained on. It was not made for decisions about people. "
         "It always answers with one of its classes, also for an image that shows none of them.", "",
         "## Data and training", "",
-        f"{facts['data'][0].upper()}{facts['data'][1:]}. {len(data['left_out'])} files could not be read and were left out. "
-        f"Trained for {training['epochs']} epochs in {training['seconds'] / 60:.1f} minutes with seed {facts['seed']}. "
+        f"{facts['data'][0].upper()}{facts['data'][1:]}. {len(data['left_out']) or 'No'} file{'' if len(data['left_out']) == 1 else 's'} could not be read. "
+        f"Training took {training['seconds'] / 60:.1f} minutes with seed {facts['seed']}. "
         "Validation images chose the epoch and the model; test images were read at the end.", "",
         "## Results", "",
         f"Accuracy {test['accuracy']:.2%} of {test['n']:,} test images, 95 % interval {test['interval'][0]:.2%} to "

@@ -8,8 +8,9 @@ from nbformat import NotebookNode
 from PIL import Image
 
 # a tqdm bar; the lines that TensorFlow's C++ parts write before Python can ask them not to
-NOISE = re.compile(r"\d+%\|.*\||^WARNING: All log messages before absl|^To enable the following instructions|^[IWE]\d{4} \d\d:\d\d"
+NOISE = re.compile(r"\d+%\|.*\||\d+\w* \[\d\d:\d\d, .*\]|^WARNING: All log messages before absl|^To enable the following instructions|^[IWE]\d{4} \d\d:\d\d"
                    r"|^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+: [IWE] ")
+ESCAPE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # colors, and the cursor moves of nested bars
 LARGE = 16_000  # bytes of a picture; above, 256 colors are enough
 
 
@@ -18,7 +19,7 @@ def settle(
 ) -> str:       # what stays readable on it
     "Apply carriage returns, drop progress bars and log noise."
     kept = []
-    for line in text.split("\n"):
+    for line in ESCAPE.sub("", text).split("\n"):
         last = next((part for part in reversed(line.split("\r")) if part.strip()), "")
         if last == line or (last and not NOISE.search(last)):
             kept.append(last)

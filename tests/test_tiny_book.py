@@ -1,0 +1,235 @@
+"The whole book with the profile `tiny`: what it leaves, what a kill changes, and its site in a real browser."
+
+import csv
+import functools
+import http.server
+import json
+import os
+import re
+import shutil
+import subprocess
+import threading
+import time
+
+import nbformat
+import numpy as np
+import pytest
+from bs4 import BeautifulSoup
+from build_site import toc_chapters
+from common import RESULTS
+from conftest import ENVIRONMENT, make
+from execution import LARGEST
+
+CHAPTERS = toc_chapters()
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+RUNS = ["tiny", *(["cifar10"] if (RESULTS / "cifar10" / "report.json").exists() else [])]
+
+
+@pytest.fixture
+def results(request, tiny):
+    "The results of a run: of `tiny`, made here, or the committed one."
+    return tiny / "results" / "tiny" if request.param == "tiny" else RESULTS / request.param
+
+
+every_run = pytest.mark.parametrize("results", RUNS, indirect=True)
+
+
+@every_run
+def test_run_leaves_what_the_book_promises(results):
+    for name in ("data", "augmentation", "baseline", "transfer", "training", "evaluation", "gradcam", "optimization", "export", "report"):
+        content = json.loads((results / f"{name}.json").read_text())
+        source = content["provenance"]
+        assert source["data"]["fingerprint"] and source["hardware"]["cpu"] and source["versions"]["keras"] and "seed" in source
+    for name in ("training_history", "confusion_matrix", "gradcam_examples"):
+        assert (results / "figures" / f"{name}.png").stat().st_size > 5000
+    rows = list(csv.DictReader((results / "model_comparison.csv").open()))
+    assert len(rows) >= 4 and all(float(row["interval_low"]) <= float(row["accuracy"]) <= float(row["interval_high"]) for row in rows)
+    assert (results / "model_card.md").read_text().startswith("# Model card: ")
+
+
+@every_run
+def test_executed_notebooks_are_whole_small_and_tidy(results):
+    assert sorted(path.stem for path in (results / "nbs").glob("*.ipynb")) == CHAPTERS
+    for name in CHAPTERS:
+        path = results / "nbs" / f"{name}.ipynb"
+        text, notebook = path.read_text(), nbformat.read(path, as_version=4)
+        assert path.stat().st_size <= LARGEST, f"{name}: {path.stat().st_size} bytes"
+        code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+        assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1)), f"{name}: every cell has run, in order"
+        streams = [output for cell in code for output in cell.outputs if output.output_type in ("stream", "error")]
+        assert not [output for output in streams if output.get("name") != "stdout"], f"{name}: warnings or errors in the outputs"
+        assert "papermill" not in notebook.metadata and not re.findall(r"/(?:root|work|tmp)/\w+|/home/\w+", text), f"{name}: a machine path"
+
+
+def test_prose_takes_its_numbers_from_the_run(tiny):
+    models = json.loads((tiny / "results" / "tiny" / "evaluation.json").read_text())
+    accuracy = models["models"][models["selected"]]["test"]["accuracy"]
+    for page in ("index.html", "nbs/05_evaluation.html", "nbs/10_report.html"):
+        assert f"{accuracy:.2%}" in BeautifulSoup((tiny / "_build" / "html" / page).read_text(), "html.parser").get_text()
+
+
+def test_second_make_does_nothing(tiny):
+    assert make(tiny, "book", "PROFILE=tiny").stdout == "Nothing to do: the run tiny is finished, its site is _build/html/index.html\n"
+
+
+def test_killed_training_ends_with_the_same_metrics(tiny):
+    "Killed in the middle of chapter 04 and started again; losses agree to 1 %, as sums of floats in another order do."
+    training = tiny / "models" / "killed" / "baseline" / "training.log"
+    process = subprocess.Popen(["make", "chapters", "PROFILE=tiny", "RUN=killed"], cwd=tiny, env=ENVIRONMENT, start_new_session=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.time() + 400
+    while not (training.exists() and training.stat().st_size):  # the first epoch is on disk, the second has begun
+        assert process.poll() is None and time.time() < deadline, process.communicate()[0]
+        time.sleep(0.05)
+    os.killpg(process.pid, 9)
+    process.communicate()
+    assert not (tiny / "models" / "killed" / "stamps" / "04_training.done").exists()
+    assert not (tiny / "models" / "killed" / "baseline" / "model.keras").exists()
+    make(tiny, "models/killed/stamps/04_training.done", "PROFILE=tiny", "RUN=killed")
+    for model in ("baseline", "efficientnet-lite0"):
+        straight, resumed = (list(csv.DictReader((tiny / "models" / run / model / "history.csv").open())) for run in ("tiny", "killed"))
+        assert len(straight) == len(resumed)
+        for one, other in zip(straight, resumed, strict=True):
+            for key in ("loss", "val_loss", "learning_rate"):
+                np.testing.assert_allclose(float(other[key]), float(one[key]), rtol=0.01)
+
+
+@pytest.mark.parametrize("problem, expected", [
+    ("no such name", "no-such-data"), ("empty folder", "empty"), ("one class", "one class"), ("one damaged file", "damaged"),
+])
+def test_data_that_cannot_be_used_is_one_sentence(tiny, tmp_path, problem, expected):
+    folder = tmp_path / "photos"
+    if problem == "no such name":
+        folder = "no-such-data"
+    elif problem == "empty folder":
+        folder.mkdir()
+    else:
+        (folder / "cat").mkdir(parents=True)
+        (folder / "cat" / "a.png").write_bytes(b"not a picture")
+    done = make(tiny, "chapters", f"DATA={folder}", "RUN=wrong", "PROFILE=tiny", code=2)
+    said = done.stderr.splitlines()
+    assert re.match(r"chapter 00_data, cell \d+ \(In \[\d+\]\): DataError: \S", said[0]) and len(said) == 3
+
+
+# -- the site -----------------------------------------------------------------------------------------------------------
+
+
+def pages(tiny):
+    return {name: tiny / "_build" / "html" / "nbs" / f"{name}.html" for name in CHAPTERS}
+
+
+def test_every_page_has_its_outputs(tiny):
+    for name, page in pages(tiny).items():
+        html = BeautifulSoup(page.read_text(), "html.parser")
+        executed = nbformat.read(tiny / "results" / "tiny" / "nbs" / f"{name}.ipynb", as_version=4)
+        expected = sum(1 for cell in executed.cells if cell.get("outputs"))
+        assert expected >= 3 and len(html.select("div.cell_output")) == expected, name
+        assert "default_exp" not in html.get_text() and "#|" not in html.get_text()
+        long = [cell for cell in executed.cells if cell.cell_type == "code" and cell.source.count("\n") > 20]
+        assert len(html.select("details.hide")) >= len(long) > 0, "long code is folded"
+
+
+def test_no_page_loads_anything_from_elsewhere(tiny):
+    for page in (tiny / "_build" / "html").rglob("*.html"):
+        html = BeautifulSoup(page.read_text(), "html.parser")
+        loaded = [tag.get("src") or tag.get("href") for tag in html.select("script[src], link[rel=stylesheet], link[rel=preload], img[src], iframe[src]")]
+        assert not [address for address in loaded if re.match(r"(https?:)?//", address)], page.name
+
+
+@pytest.fixture(scope="module")
+def address(tiny):
+    "The site behind a web server on this machine."
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tiny / "_build" / "html")
+    handler.log_message = lambda *_: None
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    if not CHROMIUM:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("no Chromium on this machine: install chromium to test the site in a browser")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=[
+            "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def browse(chromium, address):
+    "A function that opens a page; at the end no error was logged and nothing was asked from elsewhere."
+    context = chromium.new_context(viewport={"width": 1280, "height": 900})
+    tab, wrong = context.new_page(), []
+    tab.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+    tab.on("pageerror", lambda error: wrong.append(str(error)))
+    tab.on("requestfailed", lambda request: wrong.append(f"failed: {request.url}") if "ERR_ABORTED" not in str(request.failure) else None)
+    tab.on("request", lambda request: wrong.append(f"elsewhere: {request.url}") if not request.url.startswith((address, "data:", "blob:")) else None)
+
+    def visit(path, width=1280):
+        tab.set_viewport_size({"width": width, "height": 900})
+        tab.goto(f"{address}/{path}", wait_until="load")
+        return tab
+
+    yield visit
+    context.close()
+    assert not wrong
+
+
+ALL_PAGES = ["index.html", *(f"nbs/{name}.html" for name in CHAPTERS)]
+
+
+def test_figures_load_and_formulas_are_set(browse):
+    figures = formulas = 0
+    for path in ALL_PAGES:
+        tab = browse(path)
+        sizes = tab.evaluate("""async () => {
+            const images = [...document.querySelectorAll('article img')];
+            images.forEach(image => image.loading = 'eager');
+            await Promise.all(images.map(image => image.decode().catch(() => {})));
+            return images.map(image => image.naturalWidth) }""")
+        assert all(sizes), path
+        figures += len(sizes)
+        if tab.locator("span.math, div.math").count():
+            tab.wait_for_selector("mjx-container", timeout=20_000)
+            formulas += 1
+    assert figures >= 15 and formulas >= 1
+
+
+def test_no_page_scrolls_sideways_on_a_phone(browse):
+    for path in ALL_PAGES:
+        tab = browse(path, width=390)
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 390, path
+        assert tab.evaluate("parseFloat(getComputedStyle(document.querySelector('article p')).fontSize)") >= 14, path
+
+
+def test_search_finds_a_word(browse):
+    tab = browse("search.html?q=quantization")
+    tab.wait_for_selector("#search-results li a", timeout=20_000)
+    assert any("07" in text for text in tab.locator("#search-results li a").all_text_contents())
+
+
+def test_next_leads_through_the_book_and_back(browse):
+    tab = browse("index.html")
+    seen = []
+    for _ in CHAPTERS:
+        tab.click("a.right-next")
+        tab.wait_for_load_state()
+        seen.append(tab.url.rsplit("/", 1)[1].removesuffix(".html"))
+    assert seen == CHAPTERS
+    assert tab.locator("a.right-next").count() == 0
+    tab.click("a.left-prev")
+    tab.wait_for_load_state()
+    assert tab.url.endswith(f"{CHAPTERS[-2]}.html")
+
+
+def test_folded_code_opens(browse):
+    tab = browse("nbs/10_report.html")
+    folded = tab.locator("details.hide").first
+    assert not folded.locator("pre").first.is_visible()
+    folded.locator("summary").click()
+    assert folded.locator("pre").first.is_visible()
