@@ -6,7 +6,7 @@
 __all__ = ['OPSET', 'FORMATS', 'INT8_FILE', 'Artefact', 'read_artefact', 'export_savedmodel', 'savedmodel_predictor',
            'export_onnx', 'onnx_predictor', 'export', 'artefact_format', 'load_predictor', 'describe', 'parity']
 
-# %% ../nbs/08_export.ipynb #7f7c142d
+# %% ../nbs/08_export.ipynb #384d1795
 import hashlib
 import json
 import os
@@ -26,6 +26,7 @@ import tf2onnx
 from .evaluation import Predictor, check_images, keras_predictor, usable_threads
 from cvdl.optimization import (
     convert_float,
+    frozen_function,
     metadata_of,
     quantize_int8,
     quiet,
@@ -69,7 +70,7 @@ def read_artefact(
         size += len(content)
     return Artefact(format, precision, path, size, digest.hexdigest())
 
-# %% ../nbs/08_export.ipynb #2e32a077
+# %% ../nbs/08_export.ipynb #4476b74f
 def export_savedmodel(
     model: keras.Model,
     path: str | os.PathLike,        # the folder to write
@@ -80,16 +81,17 @@ def export_savedmodel(
     path = Path(path)
     about = metadata_of(model, classes, "float32")
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    archive = keras.export.ExportArchive()
-    archive.track(model)
-    archive.add_endpoint(
-        "serving_default",
-        lambda pixels: {"probabilities": model(tf.cast(pixels, tf.float32), training=False)},
-        input_signature=[tf.TensorSpec((None, *model.input_shape[1:]), tf.uint8, name="pixels")],
-    )
+    signature = [tf.TensorSpec((None, *model.input_shape[1:]), tf.uint8, name="pixels")]
+
+    @tf.function(input_signature=signature)
+    def serve(pixels):
+        return {"probabilities": model(tf.cast(pixels, tf.float32), training=False)}
+
+    module = tf.Module()     # Keras' own ExportArchive would store every weight twice
+    module.weights, module.serve = [variable.value for variable in model.variables], serve
     try:
         with quiet():
-            archive.write_out(str(partial), verbose=False)
+            tf.saved_model.save(module, str(partial), signatures={"serving_default": serve.get_concrete_function()})
         (partial / "assets.extra").mkdir()
         (partial / "assets.extra" / "cvdl.json").write_text(json.dumps(about))
         shutil.rmtree(path, ignore_errors=True)
@@ -131,7 +133,7 @@ def _check_shape(images: np.ndarray, expected) -> np.ndarray:
         raise ValueError(f"images: expected shape (N, {', '.join(str(side) for side in expected)}), got {images.shape}")
     return images
 
-# %% ../nbs/08_export.ipynb #49f44819
+# %% ../nbs/08_export.ipynb #1e68eaf9
 OPSET = 18                          # version of the ONNX operator set; onnxruntime since 1.14 (2023) runs it
 
 
@@ -144,9 +146,11 @@ def export_onnx(
     "Write `model` as an ONNX file: uint8 pixels in, float32 probabilities out, any batch size."
     signature = [tf.TensorSpec((None, *model.input_shape[1:]), tf.uint8, name="pixels")]
 
+    frozen = frozen_function(model)     # tf2onnx turns what a layer holds outside its weights into inputs
+
     @tf.function(input_signature=signature)
     def probabilities(pixels):
-        return {"probabilities": model(tf.cast(pixels, tf.float32), training=False)}
+        return {"probabilities": frozen(pixels)[0]}
 
     with quiet():
         graph, _ = tf2onnx.convert.from_function(probabilities, input_signature=signature, opset=OPSET)

@@ -1,0 +1,57 @@
+"What is kept of an executed notebook's outputs."
+
+import base64
+import io
+
+import numpy as np
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook, new_output
+from PIL import Image
+from tidy import settle, tidy
+
+
+@pytest.mark.parametrize("written, kept", [
+    ("plain\nlines\n", "plain\nlines\n"),
+    ("\r  0%|          | 0/3\rbar: 100%|##########| 3/3 [00:01<00:00]\n", "\n"),
+    ("\rpruning: 0it [00:00, ?it/s]\x1b[A\n\x1b[A\n", "\n\n"),
+    ("count 1\rcount 2\rcount 3\nend", "count 3\nend"),
+    ("50% of the images | so far\n", "50% of the images | so far\n"),
+])
+def test_streams_read_as_they_would_on_a_terminal(written, kept):
+    settled = "".join(line for line in settle(written).splitlines(True) if line.strip() or kept.strip() == "")
+    assert settled.strip("\n") == kept.strip("\n")
+
+
+KERNEL = {"name": "python3", "display_name": "Python 3"}
+
+
+def picture(pixels) -> str:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG", compress_level=0)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def decoded(encoded) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(encoded)))
+
+
+def test_small_pictures_keep_their_pixels_and_large_ones_their_look():
+    flat = np.zeros((40, 40, 4), np.uint8) + np.uint8([10, 200, 30, 255])
+    noisy = np.random.default_rng(0).integers(0, 255, (200, 200, 3), np.uint8)
+    outputs = [new_output("display_data", {"image/png": picture(pixels)}) for pixels in (flat, noisy)]
+    cells = tidy(new_notebook(cells=[new_code_cell("draw()", outputs=outputs)])).cells
+    small, large = (output.data["image/png"] for output in cells[0].outputs)
+    np.testing.assert_array_equal(np.asarray(decoded(small).convert("RGB")), flat[..., :3])
+    assert decoded(large).mode == "P" and len(large) < 0.5 * len(picture(noisy))
+    assert np.abs(np.asarray(decoded(large).convert("RGB"), int) - noisy).mean() < 25
+
+
+def test_machine_and_time_are_forgotten_and_tags_are_not():
+    cell = new_code_cell("1", metadata={"tags": ["parameters"], "papermill": {"duration": 1}, "execution": {}},
+                         outputs=[new_output("stream", name="stderr", text="I0000 00:00:1795 cuda\n"),
+                                  new_output("display_data", {"application/vnd.jupyter.widget-view+json": {}, "text/plain": "0%|  |"}),
+                                  new_output("stream", name="stdout", text="a\n"), new_output("stream", name="stdout", text="b\n")])
+    notebook = tidy(new_notebook(cells=[cell], metadata={"papermill": {"input_path": "here"}, "widgets": {}, "kernelspec": KERNEL}))
+    assert notebook.metadata == {"kernelspec": KERNEL}
+    assert notebook.cells[0].metadata == {"tags": ["parameters"]}
+    assert [output.text for output in notebook.cells[0].outputs] == ["a\nb\n"]
