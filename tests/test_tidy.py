@@ -55,3 +55,14 @@ def test_machine_and_time_are_forgotten_and_tags_are_not():
     assert notebook.metadata == {"kernelspec": KERNEL}
     assert notebook.cells[0].metadata == {"tags": ["parameters"]}
     assert [output.text for output in notebook.cells[0].outputs] == ["a\nb\n"]
+
+
+def test_addresses_and_names_of_tables_are_the_same_each_time():
+    def executed(name, address):
+        table = new_output("display_data", {"text/html": f'<style>#T_{name}_row0 {{}}</style><table id="T_{name}">', "text/plain": f"<Styler at {address}>"})
+        return tidy(new_notebook(cells=[new_code_cell("table", outputs=[table, table.copy()], id="a")]))
+
+    one, other = executed("7be30", "0x7fb97ffb4550"), executed("148a1", "0x7f970d5e3350")
+    assert one == other
+    assert [output.data["text/html"] for output in one.cells[0].outputs] == [
+        f'<style>#T_000{i:02}_row0 {{}}</style><table id="T_000{i:02}">' for i in range(2)]

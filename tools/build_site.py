@@ -17,7 +17,7 @@ from pathlib import Path
 
 import nbformat
 import yaml
-from common import RESULTS, ROOT, Problem, duration, main, write_if_changed
+from common import RESULTS, ROOT, Problem, duration, main
 from nbformat import NotebookNode
 
 BUILD = ROOT / "_build"
@@ -133,16 +133,6 @@ def render() -> None:
         raise Problem("\n".join(["The site could not be rendered:", *said, f"Everything it said: {log.relative_to(ROOT)}"]))
 
 
-THEBE = re.compile(r'<script[^>]*thebe[^>]*></script>|<script>const THEBE_JS_URL[^<]*</script>|<link[^>]*thebe[^>]*>')
-
-
-def drop_thebe() -> None:
-    "Remove Thebe, which Jupyter Book always adds, twice, and which would run code on a server that we do not have."
-    for page in HTML.rglob("*.html"):
-        text = page.read_text(encoding="utf-8")
-        write_if_changed(page, THEBE.sub("", text))
-
-
 def build_site(
     run: str,
 ) -> None:
@@ -159,7 +149,6 @@ def build_site(
     shutil.rmtree(HTML, ignore_errors=True)
     print("site   ", end="", flush=True)
     render()
-    drop_thebe()
     mark.write_text(current)
     print(f" {duration(time.time() - started)}\nThe run {run} is finished: open {place}")
 

@@ -11,6 +11,8 @@ from PIL import Image
 NOISE = re.compile(r"\d+%\|.*\||\d+\w* \[\d\d:\d\d, .*\]|^WARNING: All log messages before absl|^To enable the following instructions|^[IWE]\d{4} \d\d:\d\d"
                    r"|^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+: [IWE] ")
 ESCAPE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # colors, and the cursor moves of nested bars
+ADDRESS = re.compile(r"(?<= at )0x[0-9a-f]{6,}")
+STYLER = re.compile(r"\bT_[0-9a-f]{5}(?=_|\b)")  # pandas draws a new name for each styled table
 LARGE = 16_000  # bytes of a picture; above, 256 colors are enough
 
 
@@ -51,8 +53,10 @@ def packed(
 
 def tidy_outputs(
     outputs: list[NotebookNode],
+    *,
+    name: str,  # names the styled tables of this cell
 ) -> list[NotebookNode]:
-    "Join the pieces of a stream, settle it, drop widgets, pack pictures."
+    "Join the pieces of a stream, settle it, drop widgets and addresses, pack pictures."
     tidied, streams = [], {}
     for output in outputs:
         if output.output_type == "stream":
@@ -64,6 +68,8 @@ def tidy_outputs(
             continue
         if "image/png" in output.get("data", {}):
             output.data["image/png"] = small_png(output.data["image/png"])
+        for kind in {"text/plain", "text/html"} & set(output.get("data", {})):
+            output.data[kind] = STYLER.sub(f"T_{name}{len(tidied):02}", ADDRESS.sub("0x0", output.data[kind]))
         tidied.append(output)
     for stream in streams.values():
         stream.text = settle(stream.text)
@@ -77,11 +83,11 @@ def tidy(
 ) -> NotebookNode:
     "Keep sources, outputs and tags; drop what papermill and the kernel noted about this machine."
     notebook.metadata = {key: notebook.metadata[key] for key in ("kernelspec", "language_info") if key in notebook.metadata}
-    for cell in notebook.cells:
+    for index, cell in enumerate(notebook.cells):
         tags = cell.metadata.get("tags", [])
         cell.metadata = NotebookNode({"tags": tags} if tags else {})
         if "injected-parameters" in tags:
             cell.id = "injected"  # papermill draws a new one each time
         if cell.cell_type == "code":
-            cell.outputs = tidy_outputs(cell.outputs)
+            cell.outputs = tidy_outputs(cell.outputs, name=f"{index:03}")
     return notebook
