@@ -1,7 +1,9 @@
 "What is kept of an executed notebook's outputs."
 
 import base64
+import copy
 import io
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -60,7 +62,7 @@ def test_machine_and_time_are_forgotten_and_tags_are_not():
 def test_addresses_and_names_of_tables_are_the_same_each_time():
     def executed(name, address):
         table = new_output("display_data", {"text/html": f'<style>#T_{name}_row0 {{}}</style><table id="T_{name}">', "text/plain": f"<Styler at {address}>"})
-        return tidy(new_notebook(cells=[new_code_cell("table", outputs=[table, table.copy()], id="a")]))
+        return tidy(new_notebook(cells=[new_code_cell("table", outputs=[table, copy.deepcopy(table)], id="a")]))
 
     one, other = executed("7be30", "0x7fb97ffb4550"), executed("148a1", "0x7f970d5e3350")
     assert one == other
