@@ -3,7 +3,6 @@
 import base64
 import copy
 import io
-from copy import deepcopy
 
 import numpy as np
 import pytest
