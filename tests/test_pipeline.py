@@ -122,6 +122,16 @@ def test_killed_run_leaves_nothing_running_and_resumes(small_book, how):
     assert not [path for path in (small_book / "results").rglob("*") if "partial" in path.name or "failed" in path.name]
 
 
+def test_edit_made_while_the_chapter_runs_is_not_lost(small_book):
+    (small_book / "nbs" / "profiles" / "quick.yml").write_text("parameters: {seed: 1}\nchapters: {01_wait: {seconds: 2}}\n")
+    (small_book / "waiting").unlink()
+    process = subprocess.Popen(["make", "chapters"], cwd=small_book, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+    wait_for(small_book / "waiting", process)
+    write_chapter(small_book, "01_wait", 'run = "lab"\nseconds = 0', "'edited'")
+    assert process.wait(timeout=120) == 0
+    assert chapters_run(make(small_book, "chapters")) == ["01_wait", "02_report"]
+
+
 @pytest.mark.parametrize("words, profile, expected", [
     (["PROFILE=huge"], None, "PROFILE=huge: no such profile, expected one of: quick"),
     (["RUN=../elsewhere"], None, "RUN=../elsewhere: a run is named by letters, digits"),
