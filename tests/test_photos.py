@@ -21,8 +21,8 @@ def test_a_folder_of_photos_trains_and_names_the_damaged_file(tiny, tmp_path):
     make(tiny, "models/photos/stamps/05_evaluation.done", "PROFILE=tiny", f"DATA={tmp_path / 'my photos'}", "RUN=photos")
 
     results = tiny / "results" / "photos"
-    (name, reason), = json.loads((results / "data.json").read_text())["left_out"]
-    assert name.endswith("broken.jpg") and reason
+    (entry,) = json.loads((results / "data.json").read_text())["left_out"]
+    assert entry["file"].endswith("broken.jpg") and entry["reason"]
     assert "left out 1 of 37 files" in (results / "nbs" / "00_data.ipynb").read_text()
     evaluation = json.loads((results / "evaluation.json").read_text())
     assert set(evaluation["models"]) == {"baseline", "efficientnet-lite0"}
