@@ -88,7 +88,7 @@ def markdown_table(
                      f"{row.parameters:,} | {row.size_mb:.2f} | {packed} | {row.latency_ms:.2f} ({row.runtime}) |")
     return "\n".join(lines)
 
-# %% ../nbs/10_report.ipynb #fefb0eea
+# %% ../nbs/10_report.ipynb #b9f6d29b
 def frontier(
     table: pd.DataFrame,  # from `comparison`
 ) -> np.ndarray:          # (rows,) bool
@@ -105,7 +105,7 @@ def plot_tradeoff(
     ax: plt.Axes | None = None,
 ) -> plt.Axes:
     "Accuracy against size, with intervals; rows of the frontier are filled, a line joins a model and its files."
-    ax = ax or plt.subplots(figsize=(7, 3.2))[1]
+    ax = ax or plt.subplots(figsize=(6, 3))[1]
     chosen = frontier(table)
     for index, (name, rows) in enumerate(table.assign(chosen=chosen).groupby("model", sort=False)):
         color, rows = f"C{index % 6}", rows.sort_values("size_mb")
@@ -115,7 +115,7 @@ def plot_tradeoff(
             ax.plot(row.size_mb, row.accuracy, "o" if row.runtime == "Keras" else "s", color=color,
                     markerfacecolor=color if row.chosen else "white")
     ax.set(xscale="log", xlabel="size (MB), logarithmic", ylabel="test accuracy")
-    ax.legend()
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return ax
 
 # %% ../nbs/10_report.ipynb #678c695e

@@ -125,6 +125,7 @@ def test_every_page_has_its_outputs(tiny):
         expected = sum(1 for cell in executed.cells if cell.get("outputs"))
         assert expected >= 3 and len(html.select("div.cell_output")) == expected, name
         assert "default_exp" not in html.get_text() and "#|" not in html.get_text()
+        assert not [text for text in html.select("article p") if text.get_text().startswith("| ")], f"{name}: a table is shown as text"
         long = [cell for cell in executed.cells if cell.cell_type == "code" and cell.source.count("\n") > 20]
         assert len(html.select("details.hide")) >= len(long), f"{name}: long code is folded"
 
