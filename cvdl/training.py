@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['DENSE_CONVOLUTIONS', 'WarmupCosine', 'plateau_learning_rate', 'Recipe', 'dtype_policy', 'compute_precision',
-           'build_model', 'float32_twin', 'finalize', 'training_stream', 'save_state', 'restore_state', 'Run', 'runs',
-           'load', 'Keeper', 'best_epoch', 'compile_model', 'train_head', 'prepare_backbone', 'fit', 'train',
-           'plot_history']
+           'build_model', 'float32_twin', 'finalize', 'pixel_reader', 'training_stream', 'labeled_batches',
+           'save_state', 'restore_state', 'Run', 'runs', 'load', 'Keeper', 'best_epoch', 'compile_model', 'train_head',
+           'prepare_backbone', 'fit', 'train', 'plot_history']
 
-# %% ../nbs/04_training.ipynb #5ada3fe9
+# %% ../nbs/04_training.ipynb #36a3d574
 import dataclasses
 import json
 import math
@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from .augmentation import Policy, augment_batch
 from .baseline import baseline_cnn
-from .data import DataError, Images, Splits, provenance, read_json, write_json
+from .data import DataError, Images, LazyPixels, Splits, balanced_rows, class_weights, provenance, read_json, write_json
 from cvdl.transfer import (
     BACKBONES,
     extract_features,
@@ -37,7 +37,7 @@ from cvdl.transfer import (
     unfreeze_top,
 )
 
-# %% ../nbs/04_training.ipynb #01346528
+# %% ../nbs/04_training.ipynb #7cda3023
 @keras.saving.register_keras_serializable(package="cvdl")
 class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
     "Linear warm-up to `peak`, then half a cosine down to zero (Loshchilov & Hutter, 2016)."
@@ -58,7 +58,7 @@ class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
     def get_config(self) -> dict:
         return {"peak": self.peak, "warmup_steps": self.warmup_steps, "total_steps": self.total_steps}
 
-# %% ../nbs/04_training.ipynb #894c7131
+# %% ../nbs/04_training.ipynb #fc04b463
 def plateau_learning_rate(
     validation_losses: list[float],   # one an epoch, so far
     peak: float,                      # the rate before the first reduction
@@ -75,7 +75,7 @@ def plateau_learning_rate(
             rate, waited = rate * factor, 0
     return rate
 
-# %% ../nbs/04_training.ipynb #ee616e72
+# %% ../nbs/04_training.ipynb #7bb0a046
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     "Every choice of a training. Unknown names and impossible values are refused."
@@ -92,6 +92,7 @@ class Recipe:
     weight_decay: float = 5e-4            # decoupled
     label_smoothing: float = 0.1
     dropout: float = 0.1
+    balance: str = "none"                 # classes of different size: "weights" of the loss, or "sampling" of rare classes
     filters: tuple[int, ...] = (32, 64, 128, 256)   # blocks of the baseline
     input_size: int = 96                  # pixels a side that a backbone sees
     unfreeze_layers: int | None = None    # phase 2: convolutions from the top; None: all
@@ -108,6 +109,7 @@ class Recipe:
         choices = {
             "model": ["baseline", *BACKBONES], "optimizer": ["sgd", "adam"],
             "schedule": ["cosine", "plateau", "constant"], "precision": ["auto", "float32", "mixed_bfloat16"],
+            "balance": ["none", "weights", "sampling"],
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -132,7 +134,7 @@ class Recipe:
         "A mapping that survives JSON."
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
-# %% ../nbs/04_training.ipynb #cec6a73c
+# %% ../nbs/04_training.ipynb #c7f0d59b
 @contextmanager
 def dtype_policy(
     name: str,                    # "float32" or "mixed_bfloat16"
@@ -159,7 +161,7 @@ def compute_precision(recipe: Recipe) -> str:   # "float32" or "mixed_bfloat16"
     has_units = "amx_bf16" in flags or "avx512_bf16" in flags
     return "mixed_bfloat16" if has_units and recipe.model in DENSE_CONVOLUTIONS else "float32"
 
-# %% ../nbs/04_training.ipynb #8c2f05a9
+# %% ../nbs/04_training.ipynb #8d118f9b
 def build_model(
     recipe: Recipe,
     image_shape: tuple[int, ...],     # (H, W, 3)
@@ -199,7 +201,23 @@ def finalize(model: keras.Model) -> keras.Model:   # the same model
             layer.finalize_state()
     return model
 
-# %% ../nbs/04_training.ipynb #7663390c
+# %% ../nbs/04_training.ipynb #e8674e28
+def pixel_reader(
+    images: Images,
+):                                    # maps a tensor of rows to uint8 pixels
+    "Rows of images as a step of a `tf.data` pipeline: from a tensor, or from the disk where the images stay there."
+    if not isinstance(images.images, LazyPixels):
+        pixels = tf.constant(images.images)
+        return lambda rows: tf.gather(pixels, rows)
+
+    def read(rows):
+        pixels = tf.numpy_function(images.images.__getitem__, [rows], tf.uint8, stateful=False)
+        return tf.ensure_shape(pixels, (rows.shape[0], *images.images.shape[1:]))
+
+    return read
+
+
+#| export
 def training_stream(
     images: Images,
     num_classes: int,
@@ -209,27 +227,47 @@ def training_stream(
     seed: int,
     first_epoch: int = 0,
     epochs: int = 1,                  # the stream ends before this epoch
+    balance: str = "none",            # see `Recipe`
 ) -> tuple[tf.data.Dataset, int]:     # batches (float32 pixels 0–255, float32 one-hot or mixed labels), steps an epoch
     "Shuffled, augmented batches, a pure function of seed, epoch and step. An incomplete last batch is left out."
     batch_size = min(batch_size, len(images))
     steps = len(images) // batch_size
-    pixels = tf.constant(images.images)
+    read = pixel_reader(images)
     targets = tf.one_hot(images.labels, num_classes)
+    if balance == "weights":          # a weighted target weighs the loss, and survives mixing with another image
+        targets *= tf.constant(class_weights(images.labels, num_classes))
+
+    def rows_of(epoch):
+        if balance == "sampling":
+            return tf.numpy_function(lambda e: balanced_rows(images.labels, seed=[seed, int(e)]), [epoch], tf.int64, stateful=False)
+        return tf.random.experimental.stateless_shuffle(tf.range(len(images)), seed=tf.stack([tf.cast(seed, tf.int64), epoch]))
 
     def one_epoch(epoch):
-        order = tf.random.experimental.stateless_shuffle(tf.range(len(images)), seed=tf.stack([tf.cast(seed, tf.int64), epoch]))
+        order = rows_of(epoch)
         batches = tf.data.Dataset.from_tensor_slices(tf.reshape(order[: steps * batch_size], (steps, batch_size)))
 
         def batch(step, chosen):
             stream = tf.cast(tf.stack([seed + 1_000_003, epoch * steps + step]), tf.int32)
-            return augment_batch(tf.gather(pixels, chosen), tf.gather(targets, chosen), policy=policy, seed=stream)
+            return augment_batch(read(chosen), tf.gather(targets, chosen), policy=policy, seed=stream)
 
         return batches.enumerate().map(batch, num_parallel_calls=2, deterministic=True)
 
     stream = tf.data.Dataset.range(first_epoch, max(epochs, first_epoch)).flat_map(one_epoch)
     return stream.prefetch(4), steps
 
-# %% ../nbs/04_training.ipynb #916d1603
+
+def labeled_batches(
+    images: Images,
+    num_classes: int,
+    *,
+    batch_size: int = 250,
+) -> tf.data.Dataset:                 # (uint8 pixels, float32 one-hot) in order, the last batch may be smaller
+    "Images as they are, for validation."
+    read, targets = pixel_reader(images), tf.one_hot(images.labels, num_classes)
+    rows = tf.data.Dataset.range(len(images)).batch(batch_size)
+    return rows.map(lambda chosen: (read(chosen), tf.gather(targets, chosen))).prefetch(2)
+
+# %% ../nbs/04_training.ipynb #1931b6d6
 def save_state(path: Path, model: keras.Model, history: list[dict]) -> None:
     "Everything training needs in order to go on, in one file, atomically."
     variables = {f"model_{i}": np.asarray(v) for i, v in enumerate(model.variables)}
@@ -255,7 +293,7 @@ def restore_state(path: Path, model: keras.Model, *, optimizer: bool = True) -> 
                 variable.assign(state[f"optimizer_{i}"])
         return json.loads(str(state["history"]))
 
-# %% ../nbs/04_training.ipynb #3e9caadc
+# %% ../nbs/04_training.ipynb #23bdc071
 @dataclass(frozen=True)
 class Run:
     "What a recipe left on disk."
@@ -307,7 +345,7 @@ def load(
     except Exception as error:        # Keras raises whatever its reader meets
         raise DataError(f"{file}: cannot be read as a Keras model ({type(error).__name__}); expected a .keras file") from error
 
-# %% ../nbs/04_training.ipynb #ed0ea6cc
+# %% ../nbs/04_training.ipynb #7e52b1e8
 class Keeper(keras.callbacks.Callback):
     "History, best weights, checkpoint, log line, progress bar, early stopping."
 
@@ -357,7 +395,7 @@ def best_epoch(history: list[dict]) -> int:   # counted from 1
     "The epoch with the highest validation accuracy, the lower validation loss deciding a tie."
     return max(history, key=lambda row: (row["val_accuracy"], -row["val_loss"]))["epoch"]
 
-# %% ../nbs/04_training.ipynb #b6131998
+# %% ../nbs/04_training.ipynb #69229d11
 def compile_model(
     model: keras.Model,
     recipe: Recipe,
@@ -381,7 +419,7 @@ def compile_model(
     model.compile(optimizer, loss, metrics=["accuracy"], jit_compile=jit)
     return model
 
-# %% ../nbs/04_training.ipynb #942f53f7
+# %% ../nbs/04_training.ipynb #fbdf4aec
 def train_head(
     model: keras.Model,               # from `transfer_model`
     splits: Splits,
@@ -416,7 +454,7 @@ def train_head(
     ]
     return {"validation_accuracy": history[-1]["val_accuracy"], "seconds": seconds, "history": history}
 
-# %% ../nbs/04_training.ipynb #e400c0fb
+# %% ../nbs/04_training.ipynb #01fc81b6
 def prepare_backbone(
     model: keras.Model,               # from `transfer_model`
     recipe: Recipe,
@@ -450,7 +488,7 @@ def fit(
     callbacks: tuple[keras.callbacks.Callback, ...] = (),
 ) -> list[dict]:                      # one mapping an epoch; `model` holds the best weights
     "The main phase: from the last checkpoint, or from the start, to the last epoch or to the end of patience."
-    stream_options = dict(policy=recipe.policy, batch_size=recipe.batch_size, seed=recipe.seed, epochs=recipe.epochs)
+    stream_options = dict(policy=recipe.policy, batch_size=recipe.batch_size, seed=recipe.seed, epochs=recipe.epochs, balance=recipe.balance)
     steps = len(splits.train) // min(recipe.batch_size, len(splits.train))
     compile_model(model, recipe, steps=steps)
     checkpoint = folder / "checkpoint.npz"
@@ -458,17 +496,17 @@ def fit(
     done = len(history)
     if done < recipe.epochs and not (done and done - best_epoch(history) >= recipe.patience):
         stream, steps = training_stream(splits.train, splits.num_classes, first_epoch=done, **stream_options)
-        validation = splits.validation.images, keras.utils.to_categorical(splits.validation.labels, splits.num_classes)
+        validation = labeled_batches(splits.validation, splits.num_classes)
         keeper = Keeper(folder, recipe, history, steps * min(recipe.batch_size, len(splits.train)), progress)
         board = keras.callbacks.TensorBoard(folder / "tensorboard", write_graph=False)
         model.fit(
             stream, steps_per_epoch=steps, initial_epoch=done, epochs=recipe.epochs, validation_data=validation,
-            validation_batch_size=250, shuffle=False, verbose=0, callbacks=[keeper, board, *callbacks],
+            shuffle=False, verbose=0, callbacks=[keeper, board, *callbacks],
         )
     restore_state(folder / "best.npz", model, optimizer=False)
     return history
 
-# %% ../nbs/04_training.ipynb #57e66568
+# %% ../nbs/04_training.ipynb #93520f25
 def _claim(folder: Path, identity: dict) -> None:
     "Make the run's folder; move one with another identity to `replaced/` beside it."
     marker = folder / "identity.json"
@@ -480,7 +518,7 @@ def _claim(folder: Path, identity: dict) -> None:
     write_json(folder / "recipe.json", identity["recipe"])
     write_json(marker, identity)
 
-# %% ../nbs/04_training.ipynb #a4fb2fab
+# %% ../nbs/04_training.ipynb #42a92983
 def train(
     recipe: Recipe,
     splits: Splits,
@@ -525,7 +563,7 @@ def _finish(model, recipe: Recipe, splits: Splits, folder: Path, history: list[d
         (folder / scaffolding).unlink(missing_ok=True)
     return Run.open(folder)
 
-# %% ../nbs/04_training.ipynb #c2eac01d
+# %% ../nbs/04_training.ipynb #cc766d7a
 def plot_history(
     run: Run,
     *,

@@ -1,0 +1,197 @@
+"Reading what people have: damage, tables, links, the cache and pixels that stay on disk."
+
+import io
+import os
+import struct
+import zipfile
+import zlib
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from cvdl import reading
+from cvdl.data import DataError, load
+from cvdl.reading import LazyPixels, decode_image
+from cvdl.shapes import draw_shapes
+
+FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path, monkeypatch):
+    "A cache of its own for each test."
+    monkeypatch.setenv("CVDL_HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+
+
+def saved(kind, size=40, seed=0):
+    file = io.BytesIO()
+    Image.fromarray(draw_shapes(1, size=size, seed=seed).images[0]).save(file, kind)
+    return file.getvalue()
+
+
+def write_classes(folder, count=12, side=16):
+    "Two classes of drawn images."
+    for index, image in enumerate(draw_shapes(2 * count, size=side, seed=9).images):
+        (folder / "ab"[index % 2]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / "ab"[index % 2] / f"{index:03d}.png")
+    return folder
+
+
+def outcome(content):
+    "Pixels, or None where the decoder says what is wrong; anything else fails the test."
+    try:
+        pixels = decode_image(content)
+    except DataError as error:
+        assert str(error) and "\n" not in str(error)
+        return None
+    assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3
+    return pixels
+
+
+def test_mutated_png_files_are_refused_or_read_exactly():
+    rng, whole = np.random.default_rng(0), saved("PNG")
+    original, refused = decode_image(whole), 0
+    for _ in range(250):
+        content = bytearray(whole)
+        for place in rng.integers(0, len(content), rng.integers(1, 4)):
+            content[place] ^= 1 << rng.integers(0, 8)
+        pixels = outcome(bytes(content))
+        refused += pixels is None
+        assert pixels is None or np.array_equal(pixels, original)
+    assert refused > 200
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_cut_files_are_refused_or_read_exactly(kind):
+    rng, whole = np.random.default_rng(1), saved(kind)
+    original = decode_image(whole)
+    for end in rng.integers(1, len(whole) - 2, 50):
+        pixels = outcome(whole[:end])
+        assert pixels is None or np.array_equal(pixels, original), f"{kind} of {end} of {len(whole)} bytes was read"
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_mutated_files_never_crash(kind):
+    rng, whole = np.random.default_rng(2), saved(kind)
+    for _ in range(60):
+        content = bytearray(whole)
+        start = rng.integers(0, len(content))
+        content[start : start + 8] = rng.bytes(8)
+        outcome(bytes(content))
+
+
+def test_a_bomb_is_refused_before_it_is_decoded():
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)) + chunk(b"IEND", b"")
+    with pytest.raises(DataError, match="too many pixels"):
+        decode_image(bomb)
+
+
+def test_bad_files_are_listed_with_the_reason(tmp_path, monkeypatch):
+    folder = write_classes(tmp_path / "pets", count=30)
+    (folder / "a" / "photo.jpg").write_bytes(saved("PNG"))
+    (folder / "a" / "notes.jpg").write_bytes(b"Dear diary")
+    (folder / "b" / "back").symlink_to(folder)
+    (folder / "b" / "gone.png").symlink_to(folder / "nowhere.png")
+    (folder / "b" / "self.png").symlink_to(folder / "b" / "self.png")
+    (folder / "b" / "ein schöner Hund.png").write_bytes(saved("PNG", size=16))
+    read = reading.read_file
+    monkeypatch.setattr(reading, "read_file", lambda path: (_ for _ in ()).throw(PermissionError()) if path.name == "000.png" else read(path))
+    splits = load(folder)
+    reasons = dict(splits.left_out)
+    assert reasons == {"a/photo.jpg": "wrong extension: a PNG file named .jpg", "a/notes.jpg": "not an image", "a/000.png": "no permission to read it",
+                       "b/back": "a link back to a folder above it", "b/gone.png": "a link that leads nowhere", "b/self.png": "a link that leads nowhere"}
+    ids = np.concatenate([part.ids for part in splits.parts.values()])
+    assert "b/ein schöner Hund.png" in ids and len(ids) == 60
+
+
+def test_too_many_bad_files_are_an_error(tmp_path):
+    folder = write_classes(tmp_path / "pets")
+    for index in range(12):
+        (folder / "a" / f"bad{index}.jpg").write_bytes(b"no")
+    with pytest.raises(DataError, match=r"12 of 36 files.*20%.*max_left_out"):
+        load(folder)
+    assert len(load(folder, max_left_out=0.5).left_out) == 12
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_table_of_paths_labels_splits_and_groups(tmp_path, kind):
+    folder = write_classes(tmp_path / "pets", count=40)
+    names = sorted(path.relative_to(tmp_path).as_posix() for path in folder.rglob("*.png"))
+    frame = pd.DataFrame({"path": names, "label": [name.split("/")[1] for name in names], "group": [f"g{index // 4}" for index in range(80)]})
+    write = frame.to_csv if kind == "csv" else frame.to_parquet
+    write(tmp_path / f"pets.{kind}", index=False)
+    splits = load(tmp_path / f"pets.{kind}")
+    sides = [set(part.groups) for part in splits.parts.values()]
+    assert splits.classes == ("a", "b") and sum(map(len, sides)) == len(set.union(*sides)) == 20
+    frame["split"] = np.repeat(["train", "test"], [60, 20])
+    frame.loc[[5, 25], "label"] = "b"
+    frame.drop(columns="group").iloc[::-1].to_csv(tmp_path / "given.csv", index=False)
+    given = load(tmp_path / "given.csv") if set(frame["label"][60:]) == {"a", "b"} else None
+    if given is not None:
+        assert set(given.test.ids) == set(names[60:])
+
+
+def test_huggingface_metadata(tmp_path):
+    for part, count in (("train", 30), ("test", 6)):
+        (tmp_path / "hub" / part).mkdir(parents=True)
+        for index, image in enumerate(draw_shapes(count, size=16, seed=count).images):
+            Image.fromarray(image).save(tmp_path / "hub" / part / f"{index}.png")
+        frame = pd.DataFrame({"file_name": [f"{index}.png" for index in range(count)], "label": [index % 3 for index in range(count)]})
+        frame.to_csv(tmp_path / "hub" / part / "metadata.csv", index=False)
+    splits = load(tmp_path / "hub")
+    assert splits.classes == ("0", "1", "2") and len(splits.test) == 6 and len(splits.train) + len(splits.validation) == 30
+    with zipfile.ZipFile(tmp_path / "hub.zip", "w") as archive:
+        for path in (tmp_path / "hub").rglob("*.*"):
+            archive.write(path, path.relative_to(tmp_path))
+    assert load(tmp_path / "hub.zip").fingerprint == splits.fingerprint
+
+
+def test_an_image_stays_in_its_part_when_others_come(tmp_path):
+    folder = write_classes(tmp_path / "pets", count=100)
+    before = load(folder)
+    for index, image in enumerate(draw_shapes(60, size=16, seed=77).images):
+        Image.fromarray(image).save(folder / "ab"[index % 2] / f"0_{index}.png")
+    for index, path in enumerate(sorted((folder / "a").glob("0[0-9][0-9].png"))):
+        path.rename(folder / "a" / f"renamed {index}.png")
+    after = load(folder)
+    where = {digest: name for name, part in after.parts.items() for digest in part.digests.tolist()}
+    for name, part in before.parts.items():
+        assert all(where[digest] == name for digest in part.digests.tolist())
+
+
+def test_a_changed_folder_is_never_served_stale(tmp_path):
+    folder = write_classes(tmp_path / "pets")
+    first = load(folder)
+    entries = set((tmp_path / "home" / "cache").iterdir())
+    assert load(folder).fingerprint == first.fingerprint and set((tmp_path / "home" / "cache").iterdir()) == entries
+    path = folder / "a" / "000.png"
+    time, size = path.stat().st_mtime_ns, path.stat().st_size
+    content = bytearray(saved("PNG", size=16, seed=5))
+    path.write_bytes(content + bytes(max(0, size - len(content))))
+    os.utime(path, ns=(time, time))
+    assert load(folder).fingerprint != first.fingerprint
+
+
+def test_a_damaged_cache_is_made_again(tmp_path):
+    folder = write_classes(tmp_path / "pets")
+    first = load(folder)
+    (entry,) = (tmp_path / "home" / "cache").iterdir()
+    (entry / "pixels.bin").write_bytes((entry / "pixels.bin").read_bytes()[:-100])
+    assert load(folder).fingerprint == first.fingerprint
+
+
+def test_pixels_that_stay_on_disk_are_the_same(tmp_path):
+    folder = write_classes(tmp_path / "pets", count=30)
+    here, there = load(folder), load(folder, memory_limit=0)
+    assert isinstance(there.train.images, LazyPixels) and here.fingerprint == there.fingerprint
+    assert np.array_equal(here.train.images, there.train.images[:])
+    there.save(tmp_path / "saved")
+    assert (tmp_path / "saved" / "splits.npz").stat().st_size < here.train.images.nbytes / 2
+    again = type(there).open(tmp_path / "saved")
+    assert isinstance(again.test.images, LazyPixels) and np.array_equal(again.test.images[:], here.test.images)
