@@ -32,7 +32,7 @@ def test_the_stream_does_not_know_where_the_pixels_are(drawn):
 
 def test_every_epoch_is_another_order_of_all_images(drawn):
     numbered = Images(drawn[0].images, np.arange(100), drawn[0].ids)
-    stream, steps = training_stream(numbered, 100, policy=Policy.none(), batch_size=50, seed=0, epochs=2)
+    stream, _ = training_stream(numbered, 100, policy=Policy.none(), batch_size=50, seed=0, epochs=2)
     seen = np.concatenate([np.asarray(labels).argmax(axis=1) for _, labels in stream]).reshape(2, 100)
     assert (np.sort(seen, axis=1) == np.arange(100)).all() and (seen[0] != seen[1]).any()
 
