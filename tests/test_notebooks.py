@@ -14,6 +14,7 @@ from conftest import ROOT
 
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 CHAPTERS = [path for path in NOTEBOOKS if re.match(r"\d\d_", path.name)]
+APPENDICES = ["house", "shapes", "reading", "audit"]  # what chapter 00 builds on; any chapter may import them
 BIN = Path(sys.executable).parent
 notebooks = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 chapters = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
@@ -121,8 +122,13 @@ def imported(module: Path) -> set[str]:
 def test_modules_import_only_earlier_chapters(path):
     number = {chapter.stem[3:]: int(chapter.stem[:2]) for chapter in CHAPTERS}
     name = path.stem[3:]
-    forward = sorted(other for other in imported(ROOT / "cvdl" / f"{name}.py") if number.get(other, 99) >= number[name])
+    forward = sorted(other for other in imported(ROOT / "cvdl" / f"{name}.py") if other not in APPENDICES and number.get(other, 99) >= number[name])
     assert not forward, f"chapter {path.stem} imports {', '.join(forward)}"
+
+
+@pytest.mark.parametrize("name", APPENDICES)
+def test_appendices_import_no_chapter(name):
+    assert imported(ROOT / "cvdl" / f"{name}.py") <= set(APPENDICES) - {name}
 
 
 @notebooks
