@@ -6,7 +6,7 @@
 __all__ = ['DataError', 'Images', 'home', 'cache_folder', 'results_folder', 'models_folder', 'atomic', 'write_json', 'read_json',
            'hardware', 'provenance', 'use_book_style', 'show_images']
 
-# %% ../nbs/house.ipynb #30527c4a
+# %% ../nbs/house.ipynb #a50005b7
 import json
 import math
 import os
@@ -19,14 +19,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-
-if TYPE_CHECKING:
-    from cvdl.data import Splits
 
 # %% ../nbs/house.ipynb #49b4c10a
 class DataError(ValueError):
@@ -154,7 +150,7 @@ def read_json(
     except json.JSONDecodeError as error:
         raise DataError(f"{path.parent.name}/{path.name} is not valid JSON ({error}): delete it and run its chapter again.") from None
 
-# %% ../nbs/house.ipynb #90562478
+# %% ../nbs/house.ipynb #28b39c9a
 _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "amx_bf16", "asimd")
 _PACKAGES = ("tensorflow", "keras", "numpy", "pandas", "scikit-learn", "opencv-python-headless", "pillow",
              "tensorflow-model-optimization", "tf2onnx", "onnxruntime", "ai-edge-litert")
@@ -194,7 +190,7 @@ def _commit() -> str | None:
 
 
 def provenance(
-    splits: "Splits | None" = None,  # data that the result depends on
+    splits=None,                     # cvdl.data.Splits that the result depends on, if any
     *,
     seed: int,                       # seed that the result depends on
 ) -> dict:                           # goes into every result
