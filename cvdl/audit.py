@@ -199,19 +199,26 @@ class Audit:
     def _id(self, part: str, index: int) -> str:
         return f"{part}/{self.parts[part].ids[index]}"
 
-# %% ../nbs/audit.ipynb #89a6633f
-def _pairs(small: np.ndarray, digests: np.ndarray, blank: np.ndarray, **options) -> pd.DataFrame:
-    "Exact and near pairs; images that are equal stand for each other, so a thousand equal files do not make a million pairs."
-    _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
-    equal = np.flatnonzero(first[inverse] != np.arange(len(digests)))
-    exact = pd.DataFrame({"index_a": first[inverse[equal]], "index_b": equal, "similarity": 1.0, "kind": "exact"})
+# %% ../nbs/audit.ipynb #7dde711b
+def _pairs(small: np.ndarray, digests: np.ndarray, part: np.ndarray, blank: np.ndarray, **options) -> pd.DataFrame:
+    "Exact and near pairs. Of equal images one in each part stands for the others, so a thousand equal files do not make a million pairs."
+    _, first, group, sizes = np.unique(digests, return_index=True, return_inverse=True, return_counts=True)
     rows = np.sort(first[~blank[first]])
-    near = similar_pairs(small[rows], **options).assign(kind="near")
-    near = near.assign(index_a=rows[near["index_a"]], index_b=rows[near["index_b"]])
-    copies = exact.groupby("index_a")["index_b"].apply(list).to_dict()  # a near copy of an image is one of its equals too
-    more = [(a, b, row.similarity, "near") for row in near.itertuples() for a in [row.index_a, *copies.get(row.index_a, [])]
-            for b in [row.index_b, *copies.get(row.index_b, [])] if (a, b) != (row.index_a, row.index_b)]
-    return pd.concat([exact, near, pd.DataFrame(more, columns=["index_a", "index_b", "similarity", "kind"])], ignore_index=True)
+    near = similar_pairs(small[rows], **options)
+    links = [(index, index, 1.0, "exact") for index in np.flatnonzero(sizes > 1)]
+    links += [(group[rows[row.index_a]], group[rows[row.index_b]], row.similarity, "near") for row in near.itertuples()]
+    linked = np.flatnonzero(np.isin(group, [each for link in links for each in link[:2]]))
+    members: dict = {}
+    for row in linked:
+        members.setdefault(group[row], {}).setdefault(part[row], []).append(row)
+    found = {}
+    for one, two, similarity, kind in links:
+        for here in members[one].values():
+            for there in members[two].values():  # each image of a part meets the one that stands for the other part
+                for a, b in [(here[0], row) for row in there] + [(row, there[0]) for row in here]:
+                    if a != b:
+                        found[min(a, b), max(a, b)] = similarity, kind
+    return pd.DataFrame([(*key, *value) for key, value in sorted(found.items())], columns=["index_a", "index_b", "similarity", "kind"])
 
 
 def audit(
@@ -233,7 +240,7 @@ def audit(
     gray = np.concatenate([small[start : start + 1000].mean(axis=-1, dtype=np.float32).reshape(-1, SIDE * SIDE) for start in range(0, len(small), 1000)])
     statistics = pd.DataFrame({"part": part, "index": index, "brightness": gray.mean(axis=1), "contrast": gray.std(axis=1)})
     blank = (statistics["contrast"] < CONTRAST).to_numpy()
-    pairs = _pairs(small, digests, blank, progress=progress, **options)
+    pairs = _pairs(small, digests, part, blank, progress=progress, **options)
     sides = {f"{name}_{side}": values[pairs[f"index_{side}"].to_numpy(int)] for side in "ab" for name, values in (("part", part), ("index", index), ("label", labels))}
     pairs = pd.DataFrame({**sides, "kind": pairs["kind"], "similarity": pairs["similarity"]})
     counts = pd.DataFrame({name: np.bincount(images.labels, minlength=len(classes)) for name, images in parts.items()}, index=list(classes))
