@@ -201,7 +201,7 @@ def finalize(model: keras.Model) -> keras.Model:   # the same model
             layer.finalize_state()
     return model
 
-# %% ../nbs/04_training.ipynb #e8674e28
+# %% ../nbs/04_training.ipynb #aafe233a
 def pixel_reader(
     images: Images,
 ):                                    # maps a tensor of rows to uint8 pixels
@@ -248,7 +248,8 @@ def training_stream(
 
         def batch(step, chosen):
             stream = tf.cast(tf.stack([seed + 1_000_003, epoch * steps + step]), tf.int32)
-            return augment_batch(read(chosen), tf.gather(targets, chosen), policy=policy, seed=stream)
+            return augment_batch(read(chosen), tf.gather(targets, chosen), policy=policy, seed=stream,
+                                 epoch=tf.cast(epoch, tf.int32), indices=tf.cast(chosen, tf.int32))
 
         return batches.enumerate().map(batch, num_parallel_calls=2, deterministic=True)
 

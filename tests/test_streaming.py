@@ -1,5 +1,7 @@
 "Training from pixels on disk and from classes of different size."
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -47,3 +49,14 @@ def test_balance(drawn):
     assert np.allclose(weighted.sum(axis=0), [100, 100]) and np.allclose(np.unique(weighted[:, 1]), [0, 5])
     with pytest.raises(ValueError, match="balance"):
         Recipe(balance="luck")
+
+
+def test_alternating_flip_reaches_the_stream(drawn):
+    policy = dataclasses.replace(Policy.none(), alternating_flip=True)
+    numbered = Images(drawn[0].images, np.arange(100), drawn[0].ids)
+    stream, _ = training_stream(numbered, 100, policy=policy, batch_size=50, seed=0, epochs=4)
+    pixels, labels = (np.concatenate(each) for each in zip(*((np.asarray(a), np.asarray(b).argmax(axis=1)) for a, b in stream), strict=True))
+    for row in range(100):
+        plain = [np.array_equal(image, drawn[0].images[row]) for image in pixels[labels == row]]
+        mirrored = [np.array_equal(image, drawn[0].images[row][:, ::-1]) for image in pixels[labels == row]]
+        assert plain == [not each for each in mirrored] and plain[0] == plain[2] != plain[1] == plain[3]
