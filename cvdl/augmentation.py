@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['POLICY_LIMITS', 'SWITCHES', 'RANDOM_OPERATIONS', 'DRAWS', 'CUTOUT_GRAY', 'Policy', 'draw', 'affine_transforms',
            'reflect', 'warp', 'compiled', 'alternating_flips', 'jitter_color', 'shift_hue', 'blur', 'inside_boxes',
-           'cut_out', 'erase_sides', 'draw_operations', 'change_tones', 'mix_up', 'cut_weights', 'mixing_weights',
-           'draw_pixels', 'draw_mixing', 'change_pixels', 'checked_batch', 'augment_batch', 'random_choice',
-           'albumentations_policy', 'per_image_engine']
+           'cut_out', 'erase_sides', 'draw_operations', 'change_tones', 'mix_up', 'cut_weights', 'cut_masks',
+           'mixing_weights', 'draw_pixels', 'draw_mixing', 'change_pixels', 'checked_batch', 'augment_batch',
+           'random_choice', 'albumentations_policy', 'per_image_engine']
 
 # %% ../nbs/01_augmentation.ipynb #f6fd9670
 import copy
@@ -188,7 +188,7 @@ def alternating_flips(
     turn = tf.math.floormod(start + (math.sqrt(5) - 1) / 2 * tf.cast(indices, tf.float64), 1.0)
     return tf.math.floormod(tf.cast(turn < 0.5, tf.int64) + tf.cast(epoch, tf.int64), 2) == 1
 
-# %% ../nbs/01_augmentation.ipynb #eac5a694
+# %% ../nbs/01_augmentation.ipynb #8eb5759a
 def jitter_color(
     images: tf.Tensor,        # (N, H, W, 3) float32, 0..255
     brightness: tf.Tensor,    # (N,) factors; 1 = unchanged
@@ -302,7 +302,7 @@ def change_tones(
     images = tf.where(bits > 0, tf.floor(images / step) * step, images)
     return tf.where(images >= 256 - depth, 255 - images, images)
 
-# %% ../nbs/01_augmentation.ipynb #0e75ca53
+# %% ../nbs/01_augmentation.ipynb #fc5ccdbd
 def mix_up(
     images: tf.Tensor,        # (N, H, W, C) float32
     labels: tf.Tensor,        # (N, K) float32, rows sum to 1
@@ -328,7 +328,16 @@ def cut_weights(
     sides = tf.round(tf.sqrt(1 - weights)[:, None] * tf.cast(size, tf.float32))
     return 1 - tf.cast(inside_boxes(corners, sides, size=size), tf.float32)
 
-# %% ../nbs/01_augmentation.ipynb #872cbacf
+
+def cut_masks(
+    masks: tf.Tensor,         # (N, H, W)
+    weights: tf.Tensor,       # (N, H, W), see `cut_weights`
+    partners: tf.Tensor,      # (N,) int
+) -> tf.Tensor:               # same shape
+    "The masks of a cutmix: the partner's where its pixels are."
+    return tf.where(weights > 0, masks, tf.gather(masks, partners))
+
+# %% ../nbs/01_augmentation.ipynb #5414eb44
 def mixing_weights(
     seed: tf.Tensor,          # (2,) int32
     n: int,                   # how many
@@ -433,7 +442,7 @@ def checked_batch(images, labels, seed, masks, policy: Policy) -> tuple:
             raise ValueError(f"masks: mixup lays two images over each other, which no mask can say; set mixup=0, got {policy.mixup:g}")
     return images, labels, seed, masks
 
-# %% ../nbs/01_augmentation.ipynb #c1e7dbd1
+# %% ../nbs/01_augmentation.ipynb #8e067f85
 def augment_batch(
     images: tf.Tensor,        # (N, H, W, 3), or gray (N, H, W, 1); uint8 or float, 0..255
     labels: tf.Tensor,        # (N, K) one-hot
@@ -462,7 +471,7 @@ def augment_batch(
     if drawn:
         images, labels = compiled(change_pixels, policy=policy)(images, labels, drawn)
     if masks is not None and policy.cutmix:
-        masks = tf.where(drawn["weights"] > 0, masks, tf.gather(masks, drawn["partners"]))
+        masks = cut_masks(masks, drawn["weights"], drawn["partners"])
     images = tf.ensure_shape(tf.cast(images, tf.float32), shape)
     return (images, labels) if masks is None else (images, labels, masks)
 
@@ -539,7 +548,7 @@ def albumentations_policy(
         ]
         return A.Compose([make() for fields, make in steps if any(fields)], seed=seed)
 
-# %% ../nbs/01_augmentation.ipynb #acceec85
+# %% ../nbs/01_augmentation.ipynb #714662f8
 def per_image_engine(
     transform,                # a `Policy`, or an `albumentations.Compose` of your own
 ) -> Callable:                # engine(images, labels, *, seed, masks=None) -> what `augment_batch` returns
@@ -574,7 +583,7 @@ def per_image_engine(
             pixels, labels = mix_up(pixels, labels, **mixing)
         if masks is None:
             return pixels, labels
-        moved = tf.where(mixing["weights"] > 0, results[1], tf.gather(results[1], mixing["partners"])) if mixing else results[1]
+        moved = cut_masks(results[1], **mixing) if mixing else results[1]
         return pixels, labels, tf.cast(moved, masks.dtype)
 
     return engine

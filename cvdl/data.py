@@ -7,7 +7,7 @@ __all__ = ['hash_numbers', 'stratified_parts', 'stratified_choice', 'Splits', 'f
            'load', 'audit', 'class_weights', 'balanced_rows', 'pixel_statistics', 'normalize', 'standardize',
            'class_counts', 'plot_class_counts']
 
-# %% ../nbs/00_data.ipynb #7a0de53b
+# %% ../nbs/00_data.ipynb #9bf0ff18
 import gzip
 import hashlib
 import json
@@ -15,7 +15,6 @@ import math
 import re
 import zipfile
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,7 +23,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from .audit import Audit, show_pairs
+from .audit import Audit, count_classes, show_pairs
 from .audit import audit as audit_parts
 from cvdl.house import (
     DataError,
@@ -46,8 +45,10 @@ from cvdl.reading import (
     Pixels,
     Source,
     content_digests,
+    digests_of,
     decode_image as decode_image,
     fit,
+    is_table,
     label_table,
     labeled_files,
     open_source,
@@ -58,7 +59,7 @@ from cvdl.reading import (
 from .shapes import SHAPE_CLASSES, draw_shapes
 from .shapes import shape_distance as shape_distance
 
-# %% ../nbs/00_data.ipynb #bf354d0d
+# %% ../nbs/00_data.ipynb #d9ff4eea
 def hash_numbers(
     digests: np.ndarray,  # (N,) uint64
     *,
@@ -74,7 +75,7 @@ def hash_numbers(
 
 def _group_digests(images: Images) -> np.ndarray:
     "The hash of the group where an image has one, of its pixels where not."
-    digests = content_digests(images.images) if images.digests is None else images.digests
+    digests = digests_of(images)
     if images.groups is None:
         return digests
     names = np.array([int.from_bytes(hashlib.blake2b(group.encode(), digest_size=8).digest(), "little") for group in images.groups], np.uint64)
@@ -129,7 +130,7 @@ def stratified_choice(
     rows = [rng.permutation(np.flatnonzero(strata == group))[:n] for group, n in zip(groups, take, strict=True)]
     return np.sort(np.concatenate(rows))
 
-# %% ../nbs/00_data.ipynb #2deaa27a
+# %% ../nbs/00_data.ipynb #34e413a3
 _PART_NAMES = ("train", "validation", "test")
 
 
@@ -212,28 +213,26 @@ def fingerprint(
     digest = hashlib.blake2b(json.dumps(list(classes)).encode(), digest_size=8)
     for images in parts:
         digest.update(repr(images.images.shape).encode())
-        digest.update((content_digests(images.images) if images.digests is None else images.digests).astype("<u8").tobytes())
+        digest.update(digests_of(images).astype("<u8").tobytes())
         digest.update(np.ascontiguousarray(images.labels, dtype="<i8"))
     return digest.hexdigest()
 
-# %% ../nbs/00_data.ipynb #62ce22e1
-def _cut(pool: Images, part: np.ndarray, split: str, *, seed: int, exact: bool) -> list[np.ndarray]:
+# %% ../nbs/00_data.ipynb #f0073604
+def _cut(digests: np.ndarray, labels: np.ndarray, part: np.ndarray, split: str, *, seed: int, exact: bool) -> list[np.ndarray]:
     "Rows of training, validation and test."
-    digests = _group_digests(pool)
     if split == "official" and "test" in part:
         rows = [np.flatnonzero(part == name) for name in _PART_NAMES]
         if not len(rows[1]):
-            carved = stratified_parts(digests[rows[0]], pool.labels[rows[0]], (0.1,), seed=seed, exact=exact)
+            carved = stratified_parts(digests[rows[0]], labels[rows[0]], (0.1,), seed=seed, exact=exact)
             rows[:2] = (rows[0][each] for each in carved)
     elif split == "official" and "validation" in part:  # a test set from the training images
         rows = [np.flatnonzero(part == "train"), np.flatnonzero(part == "validation")]
-        carved = stratified_parts(digests[rows[0]], pool.labels[rows[0]], (0.1,), seed=seed, exact=exact)
+        carved = stratified_parts(digests[rows[0]], labels[rows[0]], (0.1,), seed=seed, exact=exact)
         rows = [rows[0][carved[0]], rows[1], rows[0][carved[1]]]
     else:
-        train, test, validation = stratified_parts(digests, pool.labels, (0.1, 0.1), seed=seed, exact=exact)
+        train, test, validation = stratified_parts(digests, labels, (0.1, 0.1), seed=seed, exact=exact)
         rows = [train, validation, test]
-    shuffled = hash_numbers(pool.digests, seed=seed + 1)  # another order than the one that was cut
-    return [each[np.argsort(shuffled[each], kind="stable")] for each in rows]
+    return rows
 
 
 def make_splits(
@@ -251,8 +250,9 @@ def make_splits(
     order = np.argsort(pool.ids)  # so that a folder and its archive are split alike where hashes are equal
     if pool.digests is None:
         pool = replace(pool, digests=content_digests(pool.images))
-    pool, part = pool.subset(order), part[order]
-    rows = _cut(pool, part, split, seed=seed, exact=exact)
+    rows = _cut(_group_digests(pool)[order], pool.labels[order], part[order], split, seed=seed, exact=exact)
+    shuffled = hash_numbers(pool.digests[order], seed=seed + 1)  # another order than the one that was cut
+    rows = [order[each[np.argsort(shuffled[each], kind="stable")]] for each in rows]
     if pool.groups is not None:
         members = [set(pool.groups[each]) - {""} for each in rows]
         shared = sorted(members[0] & members[1] | members[0] & members[2] | members[1] & members[2])
@@ -302,10 +302,10 @@ class _Pool:
         rows = _choose(self.images.ids, self.part, self.images.labels, number, seed)
         return _Pool(self.images.subset(rows), self.part[rows], self.classes, self.left_out)
 
-# %% ../nbs/00_data.ipynb #0fdcf2ec
+# %% ../nbs/00_data.ipynb #6441caca
 def _list_files(path: Path, source: Source) -> tuple[pd.DataFrame, list[tuple[str, str]]]:
     "The labeled files of a source and what is left out, before anything is decoded."
-    if path.suffix.lower() in TABLES and path.is_file():
+    if is_table(path):
         table, strays = label_table(read_table(read_file(path), path.name), path.name), []
     else:
         table, strays = labeled_files(source)
@@ -327,9 +327,7 @@ def _memory_limit() -> int:
 
 def _read_pool(path: Path, *, image_size: int | None, num_images: int | None, seed: int, memory_limit: int | None) -> _Pool:
     "The images of a folder, an archive or a table, at most `num_images` of them."
-    is_table = path.is_file() and path.suffix.lower() in TABLES
-    beside = Source([], lambda name: read_file(path.parent / name))
-    with open_source(path) if not is_table else nullcontext(beside) as source:
+    with open_source(path) as source:
         table, left_out = _list_files(path, source)
         classes = _class_names(table["label"])
         _check_number(num_images, classes)
@@ -480,7 +478,7 @@ def audit(
     "What is wrong with a data set: copies within and across parts, conflicting labels, imbalance, blank images, outliers, drift."
     return audit_parts(splits.parts, splits.classes, **options)
 
-# %% ../nbs/00_data.ipynb #e54b74ae
+# %% ../nbs/00_data.ipynb #ab475795
 def class_weights(
     labels: np.ndarray,  # (N,) class indices
     num_classes: int,
@@ -495,17 +493,15 @@ def balanced_rows(
     labels: np.ndarray,         # (N,) class indices
     *,
     seed: int | Sequence[int],
-    number: int | None = None,  # rows to draw; None for N
-) -> np.ndarray:                # (number,) rows, shuffled; each class equally often, to one
+) -> np.ndarray:                # (N,) rows, shuffled; each class equally often, to one
     "Rows in which every class appears equally often: small classes are repeated, each image as often as its neighbors, to one."
-    rng, number = np.random.default_rng(seed), len(labels) if number is None else number
+    rng, rows = np.random.default_rng(seed), []
     classes = rng.permutation(np.unique(labels))
-    rows = []
     for index, label in enumerate(classes):
-        want = number // len(classes) + (index < number % len(classes))
+        want = len(labels) // len(classes) + (index < len(labels) % len(classes))
         mine = np.flatnonzero(labels == label)
         rounds = [rng.permutation(mine) for _ in range(-(-want // len(mine)))]
-        rows.append(np.concatenate([*rounds, mine[:0]])[:want])
+        rows.append(np.concatenate(rounds)[:want])
     return rng.permutation(np.concatenate(rows))
 
 # %% ../nbs/00_data.ipynb #a3e95109
@@ -539,14 +535,12 @@ def standardize(
     mean, std = (statistics[name].to_numpy(np.float32) for name in ("mean", "std"))
     return (images.astype(np.float32) - mean) / np.maximum(std, np.float32(1e-6))
 
-# %% ../nbs/00_data.ipynb #4424015d
+# %% ../nbs/00_data.ipynb #680db4b1
 def class_counts(
     splits: Splits,  # from `load`
 ) -> pd.DataFrame:   # a row per class, a column per part
     "Number of images of each class in each part."
-    parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
-    return pd.DataFrame({name: np.bincount(part.labels, minlength=splits.num_classes) for name, part in parts.items()},
-                        index=list(splits.classes))
+    return count_classes(splits.parts, splits.classes)
 
 
 def plot_class_counts(

@@ -37,7 +37,7 @@ from cvdl.transfer import (
     unfreeze_top,
 )
 
-# %% ../nbs/04_training.ipynb #7cda3023
+# %% ../nbs/04_training.ipynb #01346528
 @keras.saving.register_keras_serializable(package="cvdl")
 class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
     "Linear warm-up to `peak`, then half a cosine down to zero (Loshchilov & Hutter, 2016)."
@@ -58,7 +58,7 @@ class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
     def get_config(self) -> dict:
         return {"peak": self.peak, "warmup_steps": self.warmup_steps, "total_steps": self.total_steps}
 
-# %% ../nbs/04_training.ipynb #fc04b463
+# %% ../nbs/04_training.ipynb #894c7131
 def plateau_learning_rate(
     validation_losses: list[float],   # one an epoch, so far
     peak: float,                      # the rate before the first reduction
@@ -134,7 +134,7 @@ class Recipe:
         "A mapping that survives JSON."
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
-# %% ../nbs/04_training.ipynb #c7f0d59b
+# %% ../nbs/04_training.ipynb #cec6a73c
 @contextmanager
 def dtype_policy(
     name: str,                    # "float32" or "mixed_bfloat16"
@@ -161,7 +161,7 @@ def compute_precision(recipe: Recipe) -> str:   # "float32" or "mixed_bfloat16"
     has_units = "amx_bf16" in flags or "avx512_bf16" in flags
     return "mixed_bfloat16" if has_units and recipe.model in DENSE_CONVOLUTIONS else "float32"
 
-# %% ../nbs/04_training.ipynb #8d118f9b
+# %% ../nbs/04_training.ipynb #8c2f05a9
 def build_model(
     recipe: Recipe,
     image_shape: tuple[int, ...],     # (H, W, 3)
@@ -201,7 +201,7 @@ def finalize(model: keras.Model) -> keras.Model:   # the same model
             layer.finalize_state()
     return model
 
-# %% ../nbs/04_training.ipynb #aafe233a
+# %% ../nbs/04_training.ipynb #0b581bcc
 def pixel_reader(
     images: Images,
 ):                                    # maps a tensor of rows to uint8 pixels
@@ -216,8 +216,7 @@ def pixel_reader(
 
     return read
 
-
-#| export
+# %% ../nbs/04_training.ipynb #7d22ae16
 def training_stream(
     images: Images,
     num_classes: int,
@@ -268,7 +267,7 @@ def labeled_batches(
     rows = tf.data.Dataset.range(len(images)).batch(batch_size)
     return rows.map(lambda chosen: (read(chosen), tf.gather(targets, chosen))).prefetch(2)
 
-# %% ../nbs/04_training.ipynb #1931b6d6
+# %% ../nbs/04_training.ipynb #916d1603
 def save_state(path: Path, model: keras.Model, history: list[dict]) -> None:
     "Everything training needs in order to go on, in one file, atomically."
     variables = {f"model_{i}": np.asarray(v) for i, v in enumerate(model.variables)}
@@ -294,7 +293,7 @@ def restore_state(path: Path, model: keras.Model, *, optimizer: bool = True) -> 
                 variable.assign(state[f"optimizer_{i}"])
         return json.loads(str(state["history"]))
 
-# %% ../nbs/04_training.ipynb #23bdc071
+# %% ../nbs/04_training.ipynb #3e9caadc
 @dataclass(frozen=True)
 class Run:
     "What a recipe left on disk."
@@ -346,7 +345,7 @@ def load(
     except Exception as error:        # Keras raises whatever its reader meets
         raise DataError(f"{file}: cannot be read as a Keras model ({type(error).__name__}); expected a .keras file") from error
 
-# %% ../nbs/04_training.ipynb #7e52b1e8
+# %% ../nbs/04_training.ipynb #ed0ea6cc
 class Keeper(keras.callbacks.Callback):
     "History, best weights, checkpoint, log line, progress bar, early stopping."
 
@@ -396,7 +395,7 @@ def best_epoch(history: list[dict]) -> int:   # counted from 1
     "The epoch with the highest validation accuracy, the lower validation loss deciding a tie."
     return max(history, key=lambda row: (row["val_accuracy"], -row["val_loss"]))["epoch"]
 
-# %% ../nbs/04_training.ipynb #69229d11
+# %% ../nbs/04_training.ipynb #b6131998
 def compile_model(
     model: keras.Model,
     recipe: Recipe,
@@ -420,7 +419,7 @@ def compile_model(
     model.compile(optimizer, loss, metrics=["accuracy"], jit_compile=jit)
     return model
 
-# %% ../nbs/04_training.ipynb #fbdf4aec
+# %% ../nbs/04_training.ipynb #942f53f7
 def train_head(
     model: keras.Model,               # from `transfer_model`
     splits: Splits,
@@ -507,7 +506,7 @@ def fit(
     restore_state(folder / "best.npz", model, optimizer=False)
     return history
 
-# %% ../nbs/04_training.ipynb #93520f25
+# %% ../nbs/04_training.ipynb #57e66568
 def _claim(folder: Path, identity: dict) -> None:
     "Make the run's folder; move one with another identity to `replaced/` beside it."
     marker = folder / "identity.json"
@@ -519,7 +518,7 @@ def _claim(folder: Path, identity: dict) -> None:
     write_json(folder / "recipe.json", identity["recipe"])
     write_json(marker, identity)
 
-# %% ../nbs/04_training.ipynb #42a92983
+# %% ../nbs/04_training.ipynb #a4fb2fab
 def train(
     recipe: Recipe,
     splits: Splits,
@@ -564,7 +563,7 @@ def _finish(model, recipe: Recipe, splits: Splits, folder: Path, history: list[d
         (folder / scaffolding).unlink(missing_ok=True)
     return Run.open(folder)
 
-# %% ../nbs/04_training.ipynb #cc766d7a
+# %% ../nbs/04_training.ipynb #c2eac01d
 def plot_history(
     run: Run,
     *,

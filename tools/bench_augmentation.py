@@ -17,21 +17,11 @@ import tensorflow as tf
 from common import main
 
 from cvdl.augmentation import Policy, augment_batch, per_image_engine
-from cvdl.data import Images, draw_shapes
+from cvdl.shapes import draw_shapes
 from cvdl.training import Recipe, build_model, compute_precision, training_stream
 
 CLASSES = 10
 WAITING = 6  # batches that a stream may have made before we ask: they are taken before the clock starts
-
-
-def sample(
-    number: int,
-    *,
-    size: int,     # pixels a side
-    seed: int,
-) -> Images:
-    "Drawn shapes; the pixels do not matter for the speed, only how many there are."
-    return draw_shapes(number, size=size, seed=seed)
 
 
 def interleaved(
@@ -66,7 +56,7 @@ def measure_engines(
     batch_size: int = 500,
 ) -> dict[str, float]:             # images/s of both, medians, and the ratio
     "Both engines in a `tf.data` pipeline in this process: the same images, the same policy, the same batches."
-    policy, drawn = policy or Policy(), sample(min(images, 4000), size=size, seed=seed)
+    policy, drawn = policy or Policy(), draw_shapes(min(images, 4000), size=size, seed=seed)
     engines = {"batched": lambda *batch, seed: augment_batch(*batch, policy=policy, seed=seed), "albumentations": per_image_engine(policy)}
     labels = np.eye(CLASSES, dtype="float32")[drawn.labels]
 
@@ -102,7 +92,7 @@ def measure_training(
     recipe: Recipe | None = None,     # says which model and in which precision; `Recipe()` if None
 ) -> dict[str, float]:                # images/s of training, medians, and the ratio
     "Epochs of one small model, in turn with the policy and on constant batches that wait in memory."
-    policy, drawn = policy or Policy(), sample(images, size=size, seed=seed)
+    policy, drawn = policy or Policy(), draw_shapes(images, size=size, seed=seed)
     keras.utils.set_random_seed(seed)
     recipe = recipe or Recipe()
     model, _ = build_model(recipe, (size, size, 3), CLASSES, precision=compute_precision(recipe))
