@@ -43,6 +43,18 @@ def clone(
     return folder
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    "Whoever needs the tiny book waits for one worker, which starts at once; lesson cells go anywhere, other files stay together."
+    def group(item) -> str:
+        return "tiny" if "tiny" in item.fixturenames else item.path.stem
+
+    for item in items:
+        if not item.name.startswith("test_lesson_cells_pass"):
+            item.add_marker(pytest.mark.xdist_group(group(item)))
+    items.sort(key=lambda item: group(item) != "tiny")
+
+
 @pytest.fixture(scope="session")
 def book(tmp_path_factory) -> Path:
     "A copy of the whole repository without any run."
