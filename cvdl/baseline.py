@@ -97,7 +97,7 @@ def _start_as_copy(convolution: layers.Conv2D) -> None:
         kernel[kernel.shape[0] // 2, kernel.shape[1] // 2, channel, channel] = 1
     convolution.kernel.assign(kernel)
 
-
+# %% ../nbs/02_baseline.ipynb #7a5db526
 def fast_cnn(
     image_shape: Sequence[int],                 # (height, width, 3)
     num_classes: int,
@@ -123,7 +123,7 @@ def fast_cnn(
             x = layers.ReLU(name=f"group{group}_relu{i}")(x)
     return keras.Model(inputs, classification_head(x, num_classes, dropout=dropout, pooling="max"), name="fast-cnn")
 
-
+# %% ../nbs/02_baseline.ipynb #4ed6da3b
 def whiten(
     model: keras.Model,           # from `fast_cnn`
     images: np.ndarray,           # (N, H, W, 3) uint8, from train
