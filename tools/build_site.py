@@ -9,15 +9,16 @@ import json
 import os
 import re
 import shutil
+import string
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import nbformat
 import yaml
-from common import RESULTS, ROOT, Problem, duration, main
+from common import RESULTS, ROOT, Problem, appendices, duration, is_chapter, listed, main
 from nbformat import NotebookNode
 
 BUILD = ROOT / "_build"
@@ -26,17 +27,57 @@ HTML = BUILD / "html"
 LONG = 15  # lines of code that are shown without folding
 
 
-def toc_chapters() -> list[str]:  # such as ["00_data", "01_augmentation"]
-    "The chapters that _toc.yml lists."
+def number(
+    name: str,  # of a chapter or an appendix
+) -> str:       # "00", or "A"
+    "What stands before its title; a missing appendix leaves the letters of the others alone."
+    return name[:2] if is_chapter(name) else string.ascii_uppercase[appendices().index(name)]
+
+
+def executed(
+    run: str,
+) -> list[str]:  # chapters and appendices, in order
+    "The pages that the run can show: every chapter, and the appendices that it has."
+    found = []
+    for name in listed():
+        path = RESULTS / run / "nbs" / f"{name}.ipynb"
+        if path.exists():
+            found.append(name)
+        elif is_chapter(name):
+            raise Problem(f"{path.relative_to(ROOT)} is missing: run the book first (make book RUN={run} with its PROFILE and DATA).")
+    left_out = [name for name in listed() if name not in found]
+    if left_out:
+        print(f"The run {run} has not executed {', '.join(left_out)}: the site goes without.")
+    return found
+
+
+def table_of_contents(
+    names: Collection[str],  # the pages of this site
+) -> str:                    # YAML
+    "_toc.yml with these pages only."
     toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
-    return [Path(entry["file"]).name for entry in toc["chapters"]]
+    for part in toc["parts"]:
+        part["chapters"] = [entry for entry in part["chapters"] if Path(entry["file"]).name in names]
+    return yaml.safe_dump(toc | {"parts": [part for part in toc["parts"] if part["chapters"]]}, sort_keys=False)
+
+
+def stage_links(
+    text: str,               # Markdown
+    names: Collection[str],  # the pages of this site
+) -> str:
+    "A link to an appendix that is left out becomes its text."
+    gone = "|".join(name for name in appendices() if name not in names)
+    return re.sub(rf"\[([^]]*)\]\((?:{gone})\.ipynb\)", r"\1", text) if gone else text
 
 
 def stage_cell(
     cell: NotebookNode,
     run: str,
-) -> NotebookNode | None:  # None: not for readers
+    names: Collection[str],  # the pages of this site
+) -> NotebookNode | None:    # None: not for readers
     "A cell as readers see it."
+    if cell.cell_type == "markdown":
+        cell.source = stage_links(cell.source, names)
     if cell.cell_type != "code":
         return cell
     directives = re.findall(r"^#\|\s*(\w+)", cell.source, re.MULTILINE)
@@ -57,31 +98,27 @@ def stage(
     run: str,
 ) -> None:
     "Write everything the site is made of to _build/source."
-    chapters = toc_chapters()
-    paths = {name: RESULTS / run / "nbs" / f"{name}.ipynb" for name in chapters}
-    missing = [str(path.relative_to(ROOT)) for path in paths.values() if not path.exists()]
-    if missing:
-        raise Problem(f"{missing[0]} is missing: run the book first (make book RUN={run} with its PROFILE and DATA).")
+    names = executed(run)
     shutil.rmtree(SOURCE, ignore_errors=True)
     (SOURCE / "nbs").mkdir(parents=True)
-    for path in paths.values():
-        notebook = nbformat.read(path, as_version=4)
-        notebook.cells = [cell for cell in (stage_cell(cell, run) for cell in notebook.cells) if cell]
-        notebook.cells[0].source = re.sub(r"^# ", f"# {path.stem[:2]} · ", notebook.cells[0].source, count=1)
-        nbformat.write(notebook, SOURCE / "nbs" / path.name)
-    for name in ("_config.yml", "_toc.yml"):
-        shutil.copy(ROOT / name, SOURCE / name)
+    for name in names:
+        notebook = nbformat.read(RESULTS / run / "nbs" / f"{name}.ipynb", as_version=4)
+        notebook.cells = [cell for cell in (stage_cell(cell, run, names) for cell in notebook.cells) if cell]
+        notebook.cells[0].source = re.sub(r"^# ", f"# {number(name)} · ", notebook.cells[0].source, count=1)
+        nbformat.write(notebook, SOURCE / "nbs" / f"{name}.ipynb")
+    (SOURCE / "_toc.yml").write_text(table_of_contents(names), encoding="utf-8")
+    shutil.copy(ROOT / "_config.yml", SOURCE / "_config.yml")
     shutil.copytree(ROOT / "tools" / "_static", SOURCE / "_static")
     shutil.copytree(RESULTS / run / "figures", SOURCE / "figures")
-    landing(run, chapters)
+    landing(run, names)
 
 
 def promises(
-    chapters: Iterable[str],
-) -> list[tuple[str, str, str]]:  # (chapter, title, promise)
-    "Title and promise of each chapter, taken from its first cells."
+    names: Iterable[str],  # chapters, appendices
+) -> list[tuple[str, str, str]]:  # (name, title, promise)
+    "Title and promise of each page, taken from its first cells."
     found = []
-    for name in chapters:
+    for name in names:
         notebook = nbformat.read(SOURCE / "nbs" / f"{name}.ipynb", as_version=4)
         text = "\n".join(cell.source for cell in notebook.cells[:3] if cell.cell_type == "markdown")
         title = re.search(r"^# (.+)$", text, re.MULTILINE)
@@ -94,7 +131,7 @@ def promises(
 
 def landing(
     run: str,
-    chapters: list[str],
+    names: list[str],  # chapters, appendices
 ) -> None:
     "Write index.md; its numbers come from the run's JSON."
     path = RESULTS / run / "report.json"
@@ -105,8 +142,9 @@ def landing(
              page["headline"], "", page["table"], ""]
     for name, text in page["figures"].items():
         lines += [f"![{text}](figures/{name})", "", f"*{text}*", ""]
-    lines += ["## Chapters", ""]
-    lines += [f"- [{title}](nbs/{name}.ipynb): {promise}" for name, title, promise in promises(chapters)]
+    for heading, kind in (("Chapters", True), ("Appendices", False)):
+        here = [f"- [{title}](nbs/{name}.ipynb): {promise}" for name, title, promise in promises(names) if is_chapter(name) == kind]
+        lines += [f"## {heading}", "", *here, ""] if here else []
     (SOURCE / "index.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
