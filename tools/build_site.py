@@ -4,6 +4,7 @@ The executed notebooks are staged in _build/source without nbdev's directives an
 is written from the run's JSON, and Jupyter Book makes HTML of it, every warning an error. Nothing is executed.
 """
 
+import ast
 import hashlib
 import json
 import os
@@ -18,13 +19,17 @@ from pathlib import Path
 
 import nbformat
 import yaml
-from common import RESULTS, ROOT, Problem, appendices, duration, is_chapter, listed, main
+from bs4 import BeautifulSoup
+from common import RESULTS, ROOT, Problem, appendices, duration, is_chapter, listed, main, parameter_names
 from nbformat import NotebookNode
 
 BUILD = ROOT / "_build"
 SOURCE = BUILD / "source"
 HTML = BUILD / "html"
 LONG = 15  # lines of code that are shown without folding
+NUMBER = re.compile(r"[-+−]?\d[\d.,]*\s?(%|×)?")
+COLUMNS = re.compile(r"^.*\S {2,}\S", re.MULTILINE)
+NAMED = 4  # definitions that the title of folded code names
 
 
 def number(
@@ -70,6 +75,44 @@ def stage_links(
     return re.sub(rf"\[([^]]*)\]\((?:{gone})\.ipynb\)", r"\1", text) if gone else text
 
 
+def fold_title(
+    source: str,
+) -> str:  # such as "Code: Splits, fingerprint (41 lines)"
+    "What folded code holds, so that a reader knows whether to open it; empty for short code that may be shown."
+    lines = source.count("\n") + 1
+    try:
+        statements = ast.parse(source).body
+    except SyntaxError:  # a magic command
+        statements = []
+    imports = [each for each in statements if isinstance(each, ast.Import | ast.ImportFrom)]
+    if imports and all(isinstance(each, ast.Expr) and isinstance(each.value, ast.Call) for each in statements if each not in imports):
+        return f"Imports ({lines} lines)" if lines > 3 else ""
+    if lines <= LONG:
+        return ""
+    names = [each.name for each in statements if isinstance(each, ast.FunctionDef | ast.ClassDef)]
+    names = [name for name in names if not name.startswith("_")] or names
+    shown = ", ".join(names[:NAMED]) + (", …" if len(names) > NAMED else "")
+    return f"Code: {shown} ({lines} lines)" if shown else f"Code ({lines} lines)"
+
+
+def stage_table(
+    html: str,
+) -> str:
+    "Mark the cells of columns that hold numbers only, so that the style sheet can put digits below digits."
+    soup = BeautifulSoup(html, "html.parser")
+    for table in soup.find_all("table"):
+        table["class"] = ["dataframe"]  # also where pandas' styles leave it bare
+        rows = [row.find_all(["th", "td"]) for row in table.find_all("tr")]
+        body = [row for row in rows if any(cell.name == "td" for cell in row)]
+        for column, cells in enumerate(zip(*body, strict=True) if len({len(row) for row in body}) == 1 else ()):
+            texts = [text for text in (cell.get_text(strip=True) for cell in cells) if text not in ("", "nan", "NaN", "None")]
+            if texts and all(NUMBER.fullmatch(text) for text in texts):
+                for row in rows:
+                    if len(row) == len(body[0]):
+                        row[column]["class"] = [*row[column].get("class", []), "number"]
+    return str(soup)
+
+
 def stage_cell(
     cell: NotebookNode,
     run: str,
@@ -89,8 +132,17 @@ def stage_cell(
         cell.source = re.sub(r"^# Parameters$", f"# in the run {run}", cell.source, flags=re.MULTILINE).strip("\n")
     if not cell.source and not cell.outputs:
         return None
-    if cell.source.count("\n") >= LONG:
-        cell.metadata["tags"] = [*tags, "hide-input"]
+    for output in cell.outputs:
+        if "<table" in output.get("data", {}).get("text/html", ""):
+            output.data["text/html"] = stage_table(output.data["text/html"])
+    if any(COLUMNS.search(output.get("text", "") or output.get("data", {}).get("text/plain", "")) for output in cell.outputs):
+        tags = [*tags, "columns"]  # the style sheet wraps other text
+    title = fold_title(cell.source)
+    if title:
+        tags = [*tags, "hide-input"]
+        cell.metadata["mystnb"] = {"code_prompt_show": title, "code_prompt_hide": title}
+    if tags:
+        cell.metadata["tags"] = tags
     return cell
 
 
@@ -103,7 +155,10 @@ def stage(
     (SOURCE / "nbs").mkdir(parents=True)
     for name in names:
         notebook = nbformat.read(RESULTS / run / "nbs" / f"{name}.ipynb", as_version=4)
-        notebook.cells = [cell for cell in (stage_cell(cell, run, names) for cell in notebook.cells) if cell]
+        cells = notebook.cells
+        if not is_chapter(name) and parameter_names(name) == ["run"]:  # tells a reader nothing
+            cells = [cell for cell in cells if not {"parameters", "injected-parameters"} & set(cell.metadata.get("tags", []))]
+        notebook.cells = [cell for cell in (stage_cell(cell, run, names) for cell in cells) if cell]
         notebook.cells[0].source = re.sub(r"^# ", f"# {number(name)} · ", notebook.cells[0].source, count=1)
         nbformat.write(notebook, SOURCE / "nbs" / f"{name}.ipynb")
     (SOURCE / "_toc.yml").write_text(table_of_contents(names), encoding="utf-8")
