@@ -31,7 +31,7 @@ def test_folded_code_is_named(source, title):
 def test_columns_of_numbers_are_marked():
     html = ('<div><table border="1" class="dataframe"><thead><tr><th></th><th>finding</th><th>count</th><th>share</th><th>gain</th></tr></thead><tbody>'
             "<tr><th>0</th><td>blank & dark</td><td>1,200</td><td>3.5 %</td><td>-0.2</td></tr>"
-            "<tr><th>1</th><td>3 copies</td><td>NaN</td><td>12%</td><td></td></tr></tbody></table></div>")
+            "<tr><th>1</th><td>3 copies</td><td>NaN</td><td>1.2e-05</td><td></td></tr></tbody></table></div>")
     table = BeautifulSoup(stage_table(html.replace("&", "&amp;")), "html.parser").table
     marked = [["number" in cell.get("class", []) for cell in row.find_all(["th", "td"])] for row in table.find_all("tr")]
     assert marked == [[True, False, True, True, True]] * 3 and "blank & dark" in table.get_text()

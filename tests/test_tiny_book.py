@@ -126,7 +126,7 @@ def test_every_page_has_its_outputs(tiny):
         html = BeautifulSoup(page.read_text(), "html.parser")
         executed = nbformat.read(tiny / "results" / "tiny" / "nbs" / f"{name}.ipynb", as_version=4)
         expected = sum(1 for cell in executed.cells if cell.get("outputs"))
-        assert expected >= 3 and len(html.select("div.cell_output")) == expected, name
+        assert expected >= (3 if name in CHAPTERS else 2) and len(html.select("div.cell_output")) == expected, name
         assert "default_exp" not in html.get_text() and "#|" not in html.get_text()
         assert not [text for text in html.select("article p") if text.get_text().startswith("| ")], f"{name}: a table is shown as text"
         long = [cell for cell in executed.cells if cell.cell_type == "code" and cell.source.count("\n") > 20]

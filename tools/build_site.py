@@ -27,7 +27,7 @@ BUILD = ROOT / "_build"
 SOURCE = BUILD / "source"
 HTML = BUILD / "html"
 LONG = 15  # lines of code that are shown without folding
-NUMBER = re.compile(r"[-+−]?\d[\d.,]*\s?(%|×)?")
+NUMBER = re.compile(r"[-+−]?\d[\d.,]*(e[-+]?\d+)?\s?(%|×)?")
 COLUMNS = re.compile(r"^.*\S {2,}\S", re.MULTILINE)
 NAMED = 4  # definitions that the title of folded code names
 
