@@ -1,4 +1,5 @@
-# The pipeline: every chapter is a file that depends on its notebook, its parameters and the chapter before.
+# The pipeline: every chapter is a file that depends on its notebook, its parameters and the chapter before; an appendix
+# depends on its notebook and its parameters only.
 #
 #   models/<run>/parameters/<chapter>.yml   what the profile and the command line ask of the chapter
 #   models/<run>/stamps/<chapter>.done      the chapter has run, with these
@@ -36,8 +37,10 @@ export PROFILE DATA RUN
 profiles := $(patsubst nbs/profiles/%.yml,%,$(sort $(wildcard nbs/profiles/*.yml)))
 notebooks := $(sort $(wildcard nbs/[0-9][0-9]_*.ipynb))
 chapters := $(notebooks:nbs/%.ipynb=%)
-parameters := $(chapters:%=models/$(RUN)/parameters/%.yml)
-stamps := $(chapters:%=models/$(RUN)/stamps/%.done)
+appendices := $(filter-out $(chapters),$(shell sed -n 's|^ *- file: nbs/\([^ ]*\).*|\1|p' _toc.yml))
+pages := $(chapters) $(appendices)
+parameters := $(pages:%=models/$(RUN)/parameters/%.yml)
+stamps := $(pages:%=models/$(RUN)/stamps/%.done)
 
 # Not `bin/activate`: the tools of this environment come first, and nothing of another Python leaks in.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
@@ -45,11 +48,14 @@ export PYTHONNOUSERSITE := 1
 unexport PYTHONPATH PYTHONHOME
 python := $(VENV)/bin/python
 
+# A run is one chain: what has no other order keeps that of `stamps`, the appendices last.
+.NOTPARALLEL:
+
 .PHONY: help book chapters site test lint export bench serve-site lock clean distclean check plan
 
 help:
 	@echo 'make book [PROFILE=$(subst $() ,|,$(profiles))] [DATA=path-or-name] [RUN=name]'
-	@echo '                 run every chapter and render the site; an interrupted run resumes'
+	@echo '                 run every chapter and appendix, render the site; an interrupted run resumes'
 	@echo 'make chapters    the same without the site'
 	@echo 'make site        render the committed CIFAR-10 run, or RUN=name, without training'
 	@echo 'make test        lint, lesson cells, pipeline and site'
@@ -70,7 +76,7 @@ check:
 site: $(VENV)/.ready
 	@$(python) tools/build_site.py $(RUN)
 
-# -- chapters ---------------------------------------------------------------------------------------------------------
+# -- chapters and appendices ------------------------------------------------------------------------------------------
 
 # Rewrites only the parameter files that change.
 plan: check $(VENV)/.ready
@@ -80,12 +86,16 @@ $(parameters): plan
 
 # A plain command, without shell syntax: make then runs it as its own child, which ends when make is killed.
 previous :=
-define chapter
-models/$(RUN)/stamps/$(1).done: nbs/$(1).ipynb models/$(RUN)/parameters/$(1).yml $(previous) | _build/exported
+define page
+models/$(RUN)/stamps/$(1).done: nbs/$(1).ipynb models/$(RUN)/parameters/$(1).yml $(2) | _build/exported
 	@$(python) tools/run_chapter.py $(1) $(RUN)
+endef
+define chapter
+$(call page,$(1),$(previous))
 previous := models/$(RUN)/stamps/$(1).done
 endef
 $(foreach name,$(chapters),$(eval $(call chapter,$(name))))
+$(foreach name,$(appendices),$(eval $(call page,$(name))))
 
 # -- environment and modules ------------------------------------------------------------------------------------------
 

@@ -17,10 +17,12 @@ from typing import Annotated
 import typer
 
 # %% ../nbs/cli.ipynb #e177a2da
-app = typer.Typer(
-    help="Train, evaluate, export and use image classifiers. The book behind it: make book.",
-    no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
-)
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.callback()  # so that a command has its name also while it is the only one
+def _commands() -> None:
+    "Train, evaluate, export and use image classifiers. The book behind it: make book."
 
 
 class ModelName(str, Enum):
@@ -41,7 +43,7 @@ class ExportFormat(str, Enum):
     savedmodel = "savedmodel"
 
 
-DataOption = Annotated[str | None, typer.Option("--data", help="shapes, cifar10, a folder of class folders, or an archive of one.")]
+DataOption = Annotated[str | None, typer.Option("--data", help="shapes, cifar10, fashion_mnist, a folder or archive of class folders, or a table path,label.")]
 ModelPath = Annotated[Path, typer.Option("--model", help="A run's folder, for instance models/shapes/baseline, or a .keras file.")]
 
 # %% ../nbs/cli.ipynb #5a4d9f84
@@ -70,7 +72,7 @@ def _start_tensorflow() -> None:
 @app.command()
 def train(
     model: Annotated[ModelName, typer.Option(help="The network to train.")] = ModelName.baseline,
-    data: Annotated[str, typer.Option(help="shapes, cifar10, a folder of class folders, or an archive of one.")] = "shapes",
+    data: Annotated[str, typer.Option(help="shapes, cifar10, fashion_mnist, a folder or archive of class folders, or a table path,label.")] = "shapes",
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 10,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     learning_rate: Annotated[float | None, typer.Option(help="Peak; default 0.1 for the baseline, 0.0003 for the others.")] = None,

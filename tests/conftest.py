@@ -69,11 +69,12 @@ def tiny(book) -> Path:
     return book
 
 
-def write_chapter(folder: Path, name: str, parameters: str, *code: str) -> None:
-    "A chapter of a few cells."
-    title = name[3:].capitalize()
+def write_chapter(folder: Path, name: str, parameters: str, *code: str, ending: str = "A formula: $x^2$.") -> None:
+    "A chapter or an appendix of a few cells."
+    module = name[3:] if name[:2].isdigit() else name
+    title = module.capitalize()
     cells = [new_markdown_cell(f"# {title}\n\n> What {title} promises."), new_code_cell(parameters, metadata={"tags": ["parameters"]}),
-             new_code_cell(f"#| default_exp {name[3:]}"), *map(new_code_cell, code), new_markdown_cell("## Summary\n\nA formula: $x^2$.")]
+             new_code_cell(f"#| default_exp {module}"), *map(new_code_cell, code), new_markdown_cell(f"## Summary\n\n{ending}")]
     notebook = new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}})
     for index, cell in enumerate(notebook.cells):
         cell.id = f"cell-{index}"
@@ -82,23 +83,25 @@ def write_chapter(folder: Path, name: str, parameters: str, *code: str) -> None:
 
 @pytest.fixture(scope="session")
 def finished_small_book(tmp_path_factory) -> Path:
-    "A book of three chapters without TensorFlow, run once."
+    "A book of three chapters and an appendix without TensorFlow, run once."
     folder = clone(tmp_path_factory.mktemp("small") / "finished")
     (folder / "nbs" / "profiles").mkdir(parents=True)
     (folder / "nbs" / "profiles" / "quick.yml").write_text("parameters: {seed: 1}\nchapters: {02_report: {digits: 3}}\n")
     (folder / "cvdl").mkdir()
     (folder / "cvdl" / "__init__.py").write_text('__version__ = "0"\n')
-    (folder / "_toc.yml").write_text("format: jb-book\nroot: index\nchapters:\n" + "".join(
-        f"  - file: nbs/{name}\n" for name in ("00_data", "01_wait", "02_report")))
+    (folder / "_toc.yml").write_text("format: jb-book\nroot: index\nparts:\n" + "".join(
+        f"  - caption: {caption}\n    chapters:\n" + "".join(f"      - file: nbs/{name}\n" for name in names)
+        for caption, names in {"The book": ("00_data", "01_wait", "02_report"), "Appendices": ("notes",)}.items()))
     write_chapter(folder, "00_data", 'run = "lab"\nseed = 0\ndata = "shapes"', "#| export\nANSWER = 42",
                   "import sys\nfrom tqdm.auto import tqdm\nfor _ in tqdm(range(3), desc='bar'):\n    pass\n"
-                  "print('to stderr', file=sys.stderr)\nprint('to stdout')")
+                  "print('to stderr', file=sys.stderr)\nprint('to stdout')", ending="More in [appendix *Notes*](notes.ipynb).")
     write_chapter(folder, "01_wait", 'run = "lab"\nseconds = 0', "#| slow\nimport time\nfrom pathlib import Path\n"
                   "Path('waiting').touch()\ntime.sleep(seconds)\nfrom cvdl.data import ANSWER\nANSWER")
     write_chapter(folder, "02_report", 'run = "lab"\ndigits = 2\nseed = 0', "#| slow\nimport json\nfrom pathlib import Path\nimport matplotlib.pyplot as plt\n"
                   "figures = Path('results') / run / 'figures'\nfigures.mkdir(exist_ok=True)\nplt.plot([0, seed])\nplt.savefig(figures / 'line.png')\n"
                   "landing = {'headline': f'The seed is **{seed}**.', 'table': '| a |\\n|--:|\\n| 1 |', 'figures': {'line.png': 'A line'}}\n"
                   "(figures.parent / 'report.json').write_text(json.dumps({'landing': landing}))")
+    write_chapter(folder, "notes", 'run = "lab"\nsize = 1', "f'size {size} in {run}'")
     make(folder, "chapters")
     return folder
 

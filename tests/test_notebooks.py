@@ -9,15 +9,18 @@ import sys
 from pathlib import Path
 
 import pytest
-from common import parameter_names
+from common import appendices as listed_appendices
+from common import listed, parameter_names
 from conftest import ROOT
 
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 CHAPTERS = [path for path in NOTEBOOKS if re.match(r"\d\d_", path.name)]
-APPENDICES = ["house", "shapes", "reading", "audit"]  # what chapter 00 builds on; any chapter may import them
+APPENDICES = [path for path in NOTEBOOKS if path not in CHAPTERS]
+FOUNDATIONS = ["house", "shapes", "reading", "audit"]  # the appendices that chapter 00 builds on; any chapter may import them
 BIN = Path(sys.executable).parent
 notebooks = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 chapters = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+appendices = pytest.mark.parametrize("path", APPENDICES, ids=lambda path: path.stem)
 
 
 def run(*words, cwd=ROOT, **options):
@@ -50,7 +53,7 @@ def test_nbdev_clean_is_a_no_op(path, cleaned):
     assert (cleaned / path.name).read_text(encoding="utf-8") == path.read_text(encoding="utf-8")
 
 
-@chapters
+@notebooks
 def test_parameters_tag_survives_nbdev_clean(path, cleaned):
     tagged = [cell for cell in read(cleaned / path.name)["cells"] if "parameters" in cell["metadata"].get("tags", [])]
     assert len(tagged) == 1
@@ -67,21 +70,31 @@ def test_nbdev_clean_removes_outputs_metadata_but_not_tags(tmp_path):
     assert left == {"tags"}
 
 
-@chapters
-def test_chapter_has_the_shape_of_a_chapter(path):
+def check_shape(path, *, cells_at_most, parameters_at_most, endings):
+    "Title and promise, parameters, one heading of the first rank, and what must not be forgotten at the end."
     cells = read(path)["cells"]
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells), "sources carry no outputs"
-    assert len(cells) <= 80
+    assert len(cells) <= cells_at_most
     opening = "".join(cells[0]["source"]) + "\n" + "".join(cells[1]["source"])
     assert re.match(r"# \S.*\n\n> \S", opening), "title and promise come first"
     names = parameter_names(path.stem)
-    assert "run" in names and len(names) <= 12
+    assert "run" in names and len(names) <= parameters_at_most
     headings = [line for text in sources(path, "markdown") for line in re.sub(r"```.*?```", "", text, flags=re.DOTALL).splitlines()
                 if re.match(r"#{1,6} ", line)]
     assert sum(line.startswith("# ") for line in headings) == 1
-    endings = [line.removeprefix("## ") for line in headings if line.startswith("## ")]
-    for ending in ("The experiment", "What we found", "Summary", "Exercises", "References"):
-        assert ending in endings
+    sections = [line.removeprefix("## ") for line in headings if line.startswith("## ")]
+    assert not set(endings) - set(sections)
+
+
+@chapters
+def test_chapter_has_the_shape_of_a_chapter(path):
+    check_shape(path, cells_at_most=80, parameters_at_most=12,
+                endings=("The experiment", "What we found", "Summary", "Exercises", "References"))
+
+
+@appendices
+def test_appendix_has_the_shape_of_an_appendix(path):
+    check_shape(path, cells_at_most=80, parameters_at_most=4, endings=("Summary",))
 
 
 @notebooks
@@ -122,13 +135,13 @@ def imported(module: Path) -> set[str]:
 def test_modules_import_only_earlier_chapters(path):
     number = {chapter.stem[3:]: int(chapter.stem[:2]) for chapter in CHAPTERS}
     name = path.stem[3:]
-    forward = sorted(other for other in imported(ROOT / "cvdl" / f"{name}.py") if other not in APPENDICES and number.get(other, 99) >= number[name])
+    forward = sorted(other for other in imported(ROOT / "cvdl" / f"{name}.py") if other not in FOUNDATIONS and number.get(other, 99) >= number[name])
     assert not forward, f"chapter {path.stem} imports {', '.join(forward)}"
 
 
-@pytest.mark.parametrize("name", APPENDICES)
-def test_appendices_import_no_chapter(name):
-    assert imported(ROOT / "cvdl" / f"{name}.py") <= set(APPENDICES) - {name}
+@pytest.mark.parametrize("name", FOUNDATIONS)
+def test_foundations_import_no_chapter(name):
+    assert imported(ROOT / "cvdl" / f"{name}.py") <= set(FOUNDATIONS) - {name}
 
 
 @notebooks
@@ -151,7 +164,18 @@ def test_data_does_not_import_tensorflow():
     assert run(sys.executable, "-c", "import cvdl.data, sys; print('tensorflow' in sys.modules)") == "False\n"
 
 
-def test_every_chapter_is_in_the_table_of_contents():
-    from build_site import toc_chapters
+def test_every_notebook_is_in_the_table_of_contents():
+    assert listed() == [path.stem for path in CHAPTERS] + listed_appendices()
+    assert sorted(listed_appendices()) == [path.stem for path in APPENDICES]
 
-    assert toc_chapters() == [path.stem for path in CHAPTERS]
+
+@notebooks
+def test_links_between_pages_lead_somewhere(path):
+    "In JupyterLab, where pages are the notebooks of nbs/; the site refuses a lost link by itself."
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", "\n".join(re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.DOTALL) for text in sources(path, "markdown")))
+    assert not [link for link in links if not (path.parent / link).exists()]
+
+
+def test_chapter_00_links_to_the_appendices_it_builds_on():
+    text = "\n".join(sources(CHAPTERS[0], "markdown"))
+    assert all(f"]({name}.ipynb)" in text for name in FOUNDATIONS)

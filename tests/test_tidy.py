@@ -51,7 +51,9 @@ def test_machine_and_time_are_forgotten_and_tags_are_not():
     cell = new_code_cell("1", metadata={"tags": ["parameters"], "papermill": {"duration": 1}, "execution": {}},
                          outputs=[new_output("stream", name="stderr", text="I0000 00:00:1795 cuda\n"),
                                   new_output("display_data", {"application/vnd.jupyter.widget-view+json": {}, "text/plain": "0%|  |"}),
-                                  new_output("stream", name="stdout", text="a\n"), new_output("stream", name="stdout", text="b\n")])
+                                  new_output("stream", name="stdout", text="a\n"),
+                                  new_output("stream", name="stdout", text="WARNING:tensorflow:5 out of the last 9 calls to <function f at 0x7f> "
+                                             "triggered tf.function retracing. Tracing is expensive.\n"), new_output("stream", name="stdout", text="b\n")])
     notebook = tidy(new_notebook(cells=[cell], metadata={"papermill": {"input_path": "here"}, "widgets": {}, "kernelspec": KERNEL}))
     assert notebook.metadata == {"kernelspec": KERNEL}
     assert notebook.cells[0].metadata == {"tags": ["parameters"]}

@@ -4,39 +4,123 @@ The executed notebooks are staged in _build/source without nbdev's directives an
 is written from the run's JSON, and Jupyter Book makes HTML of it, every warning an error. Nothing is executed.
 """
 
+import ast
 import hashlib
 import json
 import os
 import re
 import shutil
+import string
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import nbformat
 import yaml
-from common import RESULTS, ROOT, Problem, duration, main
+from bs4 import BeautifulSoup
+from common import RESULTS, ROOT, Problem, appendices, duration, is_chapter, listed, main, parameter_names
 from nbformat import NotebookNode
 
 BUILD = ROOT / "_build"
 SOURCE = BUILD / "source"
 HTML = BUILD / "html"
 LONG = 15  # lines of code that are shown without folding
+NUMBER = re.compile(r"[-+−]?\d[\d.,]*(e[-+]?\d+)?\s?(%|×)?")
+COLUMNS = re.compile(r"^.*\S {2,}\S", re.MULTILINE)
+NAMED = 4  # definitions that the title of folded code names
 
 
-def toc_chapters() -> list[str]:  # such as ["00_data", "01_augmentation"]
-    "The chapters that _toc.yml lists."
+def number(
+    name: str,  # of a chapter or an appendix
+) -> str:       # "00", or "A"
+    "What stands before its title; a missing appendix leaves the letters of the others alone."
+    return name[:2] if is_chapter(name) else string.ascii_uppercase[appendices().index(name)]
+
+
+def executed(
+    run: str,
+) -> list[str]:  # chapters and appendices, in order
+    "The pages that the run can show: every chapter, and the appendices that it has."
+    found = []
+    for name in listed():
+        path = RESULTS / run / "nbs" / f"{name}.ipynb"
+        if path.exists():
+            found.append(name)
+        elif is_chapter(name):
+            raise Problem(f"{path.relative_to(ROOT)} is missing: run the book first (make book RUN={run} with its PROFILE and DATA).")
+    left_out = [name for name in listed() if name not in found]
+    if left_out:
+        print(f"The run {run} has not executed {', '.join(left_out)}: the site goes without.")
+    return found
+
+
+def table_of_contents(
+    names: Collection[str],  # the pages of this site
+) -> str:                    # YAML
+    "_toc.yml with these pages only."
     toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
-    return [Path(entry["file"]).name for entry in toc["chapters"]]
+    for part in toc["parts"]:
+        part["chapters"] = [entry for entry in part["chapters"] if Path(entry["file"]).name in names]
+    return yaml.safe_dump(toc | {"parts": [part for part in toc["parts"] if part["chapters"]]}, sort_keys=False)
+
+
+def stage_links(
+    text: str,               # Markdown
+    names: Collection[str],  # the pages of this site
+) -> str:
+    "A link to an appendix that is left out becomes its text."
+    gone = "|".join(name for name in appendices() if name not in names)
+    return re.sub(rf"\[([^]]*)\]\((?:{gone})\.ipynb\)", r"\1", text) if gone else text
+
+
+def fold_title(
+    source: str,
+) -> str:  # such as "Code: Splits, fingerprint (41 lines)"
+    "What folded code holds, so that a reader knows whether to open it; empty for short code that may be shown."
+    lines = source.count("\n") + 1
+    try:
+        statements = ast.parse(source).body
+    except SyntaxError:  # a magic command
+        statements = []
+    imports = [each for each in statements if isinstance(each, ast.Import | ast.ImportFrom)]
+    if imports and all(isinstance(each, ast.Expr) and isinstance(each.value, ast.Call) for each in statements if each not in imports):
+        return f"Imports ({lines} lines)" if lines > 3 else ""
+    if lines <= LONG:
+        return ""
+    names = [each.name for each in statements if isinstance(each, ast.FunctionDef | ast.ClassDef)]
+    names = [name for name in names if not name.startswith("_")] or names
+    shown = ", ".join(names[:NAMED]) + (", …" if len(names) > NAMED else "")
+    return f"Code: {shown} ({lines} lines)" if shown else f"Code ({lines} lines)"
+
+
+def stage_table(
+    html: str,
+) -> str:
+    "Mark the cells of columns that hold numbers only, so that the style sheet can put digits below digits."
+    soup = BeautifulSoup(html, "html.parser")
+    for table in soup.find_all("table"):
+        table["class"] = ["dataframe"]  # also where pandas' styles leave it bare
+        rows = [row.find_all(["th", "td"]) for row in table.find_all("tr")]
+        body = [row for row in rows if any(cell.name == "td" for cell in row)]
+        for column, cells in enumerate(zip(*body, strict=True) if len({len(row) for row in body}) == 1 else ()):
+            texts = [text for text in (cell.get_text(strip=True) for cell in cells) if text not in ("", "nan", "NaN", "None")]
+            if texts and all(NUMBER.fullmatch(text) for text in texts):
+                for row in rows:
+                    if len(row) == len(body[0]):
+                        row[column]["class"] = [*row[column].get("class", []), "number"]
+    return str(soup)
 
 
 def stage_cell(
     cell: NotebookNode,
     run: str,
-) -> NotebookNode | None:  # None: not for readers
+    names: Collection[str],  # the pages of this site
+) -> NotebookNode | None:    # None: not for readers
     "A cell as readers see it."
+    if cell.cell_type == "markdown":
+        cell.source = stage_links(cell.source, names)
     if cell.cell_type != "code":
         return cell
     directives = re.findall(r"^#\|\s*(\w+)", cell.source, re.MULTILINE)
@@ -48,8 +132,17 @@ def stage_cell(
         cell.source = re.sub(r"^# Parameters$", f"# in the run {run}", cell.source, flags=re.MULTILINE).strip("\n")
     if not cell.source and not cell.outputs:
         return None
-    if cell.source.count("\n") >= LONG:
-        cell.metadata["tags"] = [*tags, "hide-input"]
+    for output in cell.outputs:
+        if "<table" in output.get("data", {}).get("text/html", ""):
+            output.data["text/html"] = stage_table(output.data["text/html"])
+    if any(COLUMNS.search(output.get("text", "") or output.get("data", {}).get("text/plain", "")) for output in cell.outputs):
+        tags = [*tags, "columns"]  # the style sheet wraps other text
+    title = fold_title(cell.source)
+    if title:
+        tags = [*tags, "hide-input"]
+        cell.metadata["mystnb"] = {"code_prompt_show": title, "code_prompt_hide": title}
+    if tags:
+        cell.metadata["tags"] = tags
     return cell
 
 
@@ -57,31 +150,30 @@ def stage(
     run: str,
 ) -> None:
     "Write everything the site is made of to _build/source."
-    chapters = toc_chapters()
-    paths = {name: RESULTS / run / "nbs" / f"{name}.ipynb" for name in chapters}
-    missing = [str(path.relative_to(ROOT)) for path in paths.values() if not path.exists()]
-    if missing:
-        raise Problem(f"{missing[0]} is missing: run the book first (make book RUN={run} with its PROFILE and DATA).")
+    names = executed(run)
     shutil.rmtree(SOURCE, ignore_errors=True)
     (SOURCE / "nbs").mkdir(parents=True)
-    for path in paths.values():
-        notebook = nbformat.read(path, as_version=4)
-        notebook.cells = [cell for cell in (stage_cell(cell, run) for cell in notebook.cells) if cell]
-        notebook.cells[0].source = re.sub(r"^# ", f"# {path.stem[:2]} · ", notebook.cells[0].source, count=1)
-        nbformat.write(notebook, SOURCE / "nbs" / path.name)
-    for name in ("_config.yml", "_toc.yml"):
-        shutil.copy(ROOT / name, SOURCE / name)
+    for name in names:
+        notebook = nbformat.read(RESULTS / run / "nbs" / f"{name}.ipynb", as_version=4)
+        cells = notebook.cells
+        if not is_chapter(name) and parameter_names(name) == ["run"]:  # tells a reader nothing
+            cells = [cell for cell in cells if not {"parameters", "injected-parameters"} & set(cell.metadata.get("tags", []))]
+        notebook.cells = [cell for cell in (stage_cell(cell, run, names) for cell in cells) if cell]
+        notebook.cells[0].source = re.sub(r"^# ", f"# {number(name)} · ", notebook.cells[0].source, count=1)
+        nbformat.write(notebook, SOURCE / "nbs" / f"{name}.ipynb")
+    (SOURCE / "_toc.yml").write_text(table_of_contents(names), encoding="utf-8")
+    shutil.copy(ROOT / "_config.yml", SOURCE / "_config.yml")
     shutil.copytree(ROOT / "tools" / "_static", SOURCE / "_static")
     shutil.copytree(RESULTS / run / "figures", SOURCE / "figures")
-    landing(run, chapters)
+    landing(run, names)
 
 
 def promises(
-    chapters: Iterable[str],
-) -> list[tuple[str, str, str]]:  # (chapter, title, promise)
-    "Title and promise of each chapter, taken from its first cells."
+    names: Iterable[str],  # chapters, appendices
+) -> list[tuple[str, str, str]]:  # (name, title, promise)
+    "Title and promise of each page, taken from its first cells."
     found = []
-    for name in chapters:
+    for name in names:
         notebook = nbformat.read(SOURCE / "nbs" / f"{name}.ipynb", as_version=4)
         text = "\n".join(cell.source for cell in notebook.cells[:3] if cell.cell_type == "markdown")
         title = re.search(r"^# (.+)$", text, re.MULTILINE)
@@ -94,7 +186,7 @@ def promises(
 
 def landing(
     run: str,
-    chapters: list[str],
+    names: list[str],  # chapters, appendices
 ) -> None:
     "Write index.md; its numbers come from the run's JSON."
     path = RESULTS / run / "report.json"
@@ -105,8 +197,9 @@ def landing(
              page["headline"], "", page["table"], ""]
     for name, text in page["figures"].items():
         lines += [f"![{text}](figures/{name})", "", f"*{text}*", ""]
-    lines += ["## Chapters", ""]
-    lines += [f"- [{title}](nbs/{name}.ipynb): {promise}" for name, title, promise in promises(chapters)]
+    for heading, kind in (("Chapters", True), ("Appendices", False)):
+        here = [f"- [{title}](nbs/{name}.ipynb): {promise}" for name, title, promise in promises(names) if is_chapter(name) == kind]
+        lines += [f"## {heading}", "", *here, ""] if here else []
     (SOURCE / "index.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

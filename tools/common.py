@@ -3,9 +3,12 @@
 import ast
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "nbs"
@@ -36,11 +39,41 @@ def chapters() -> list[str]:  # such as ["00_data", "01_augmentation"]
     return sorted(path.stem for path in NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
 
 
+def listed() -> list[str]:  # such as ["00_data", "01_augmentation", "house"]
+    "The pages that _toc.yml lists, part by part."
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
+    if "parts" not in toc:
+        raise Problem("_toc.yml: expected 'parts', each with a 'caption' and 'chapters', the last of them the appendices.")
+    return [Path(entry["file"]).name for part in toc["parts"] for entry in part["chapters"]]
+
+
+def appendices() -> list[str]:  # such as ["house", "shapes"]
+    "The notebooks without a number, in the order of _toc.yml; one that is not listed there is somebody's scratch paper."
+    return [name for name in listed() if not is_chapter(name)]
+
+
+def is_chapter(
+    name: str,
+) -> bool:
+    "Whether the page is a chapter, not an appendix."
+    return bool(re.match(r"\d\d_", name))
+
+
+def titled(
+    name: str,
+) -> str:  # "chapter 00_data" or "appendix shapes"
+    "What to call it in a message."
+    return f"{'chapter' if is_chapter(name) else 'appendix'} {name}"
+
+
 def parameter_names(
-    chapter: str,  # such as "00_data"
+    chapter: str,  # such as "00_data"; or an appendix
 ) -> list[str]:
     "The names that the chapter's `parameters` cell assigns."
-    notebook = json.loads((NOTEBOOKS / f"{chapter}.ipynb").read_text(encoding="utf-8"))
+    path = NOTEBOOKS / f"{chapter}.ipynb"
+    if not path.exists():
+        raise Problem(f"nbs/{chapter}.ipynb is missing; _toc.yml lists it.")
+    notebook = json.loads(path.read_text(encoding="utf-8"))
     cells = [cell for cell in notebook["cells"] if "parameters" in cell["metadata"].get("tags", [])]
     if len(cells) != 1:
         raise Problem(f"nbs/{chapter}.ipynb: expected one cell with the tag 'parameters', got {len(cells)}.")

@@ -1,4 +1,4 @@
-"Execution of one chapter with papermill; `run_chapter.py` is the door to it."
+"Execution of one chapter or appendix with papermill; `run_chapter.py` is the door to it."
 
 import fcntl
 import os
@@ -12,7 +12,7 @@ from typing import TextIO
 import nbformat
 import papermill
 import yaml
-from common import MODELS, NOTEBOOKS, RESULTS, ROOT, Problem, chapters, duration, parameter_names
+from common import MODELS, NOTEBOOKS, RESULTS, ROOT, Problem, appendices, chapters, duration, parameter_names, titled
 from jupyter_client import AsyncKernelManager
 from nbclient.exceptions import DeadKernelError
 from papermill.clientwrap import PapermillNotebookClient
@@ -140,11 +140,11 @@ def explain(
                 else f"{type(error).__name__}: {' '.join(str(error).split())}")
     source = nbformat.read(NOTEBOOKS / f"{chapter}.ipynb", as_version=4).cells
     injected = next(i for i, cell in enumerate(source) if "parameters" in cell.metadata.get("tags", [])) + 1
-    return f"chapter {chapter}, cell {index + (index < injected)}{counter}: {what[:600]}"
+    return f"{titled(chapter)}, cell {index + (index < injected)}{counter}: {what[:600]}"
 
 
 def run_chapter(
-    chapter: str,  # such as "00_data"
+    chapter: str,  # such as "00_data"; or an appendix, such as "shapes"
     run: str,      # names the folders in models/ and results/
 ) -> None:
     "Execute a chapter with its planned parameters, keep the notebook, and leave a stamp."
@@ -152,12 +152,12 @@ def run_chapter(
     parameters = yaml.safe_load((MODELS / run / "parameters" / f"{chapter}.yml").read_text(encoding="utf-8"))
     unknown = sorted(set(parameters) - set(parameter_names(chapter)))
     if unknown:
-        raise Problem(f"chapter {chapter} has no parameter {unknown[0]!r}, expected one of: {', '.join(parameter_names(chapter))}.")
+        raise Problem(f"{titled(chapter)} has no parameter {unknown[0]!r}, expected one of: {', '.join(parameter_names(chapter))}.")
     folder = RESULTS / run / "nbs"
     folder.mkdir(parents=True, exist_ok=True)
     partial, failed, final = (folder / name for name in (f".{chapter}.partial.ipynb", f"{chapter}.failed.ipynb", f"{chapter}.ipynb"))
     held = lock(run)
-    names = chapters()
+    names = chapters() + appendices()
     line = Line(f"[{names.index(chapter) + 1:2}/{len(names)}] {chapter:<16}")
     try:
         execute(chapter, partial, parameters, models=MODELS / run, line=line)

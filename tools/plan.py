@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
-from common import MODELS, PROFILES, Problem, chapters, main, parameter_names, write_if_changed
+from common import MODELS, PROFILES, Problem, appendices, chapters, main, parameter_names, titled, write_if_changed
 
 
 def read_profile(
@@ -33,7 +33,7 @@ def read_profile(
 
 def plan(
     profile: Mapping,                # parameters, chapters
-    known: Mapping[str, list[str]],  # chapter -> names in its parameters cell
+    known: Mapping[str, list[str]],  # chapter or appendix -> names in its parameters cell
     *,
     overrides: Mapping,              # from the command line, for every chapter that knows them
     name: str,                       # of the profile, for messages
@@ -49,7 +49,7 @@ def plan(
             raise Problem(f"nbs/profiles/{name}.yml: no chapter is called {chapter!r}, expected one of: {', '.join(known)}.")
         for key in values:
             if key not in known[chapter]:
-                raise Problem(f"nbs/profiles/{name}.yml: chapter {chapter} has no parameter {key!r}, "
+                raise Problem(f"nbs/profiles/{name}.yml: {titled(chapter)} has no parameter {key!r}, "
                               f"expected one of: {', '.join(known[chapter])}.")
     planned = {}
     for chapter, names in known.items():
@@ -72,12 +72,12 @@ def state(
 
 
 def write_plan() -> None:
-    "Read PROFILE, DATA and RUN from the environment and write the parameters of every chapter."
+    "Read PROFILE, DATA and RUN from the environment and write the parameters of every chapter and appendix."
     name, data, run = os.environ["PROFILE"], os.environ.get("DATA", ""), os.environ["RUN"]
     overrides = {"run": run}
     if data:
         overrides["data"] = str(Path(data).expanduser())
-    planned = plan(read_profile(name), {chapter: parameter_names(chapter) for chapter in chapters()},
+    planned = plan(read_profile(name), {chapter: parameter_names(chapter) for chapter in chapters() + appendices()},
                    overrides=overrides, name=name)
     for chapter, values in planned.items():
         text = yaml.safe_dump(values, sort_keys=True, allow_unicode=True, width=120)

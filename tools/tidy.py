@@ -10,6 +10,7 @@ from PIL import Image
 # a tqdm bar; the lines that TensorFlow's C++ parts write before Python can ask them not to
 NOISE = re.compile(r"\d+%\|.*\||\d+\w* \[\d\d:\d\d, .*\]|^WARNING: All log messages before absl|^To enable the following instructions|^[IWE]\d{4} \d\d:\d\d"
                    r"|^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+: [IWE] ")
+RETRACED = re.compile(r"^WARNING:tensorflow:.* triggered tf\.function retracing.*\n?", re.MULTILINE)  # where a lesson compiles in a loop
 ESCAPE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # colors, and the cursor moves of nested bars
 ADDRESS = re.compile(r"(?<= at )0x[0-9a-f]{6,}")
 STYLER = re.compile(r"\bT_[0-9a-f]{5}(?=_|\b)")  # pandas draws a new name for each styled table
@@ -72,7 +73,7 @@ def tidy_outputs(
             output.data[kind] = STYLER.sub(f"T_{name}{len(tidied):02}", ADDRESS.sub("0x0", output.data[kind]))
         tidied.append(output)
     for stream in streams.values():
-        stream.text = settle(stream.text)
+        stream.text = RETRACED.sub("", settle(stream.text))
         if stream.name == "stderr":
             stream.text = "".join(line for line in stream.text.splitlines(True) if line.strip() and not NOISE.search(line))
     return [output for output in tidied if output.output_type != "stream" or output.text.strip()]
