@@ -150,7 +150,7 @@ def _rescaled(draws: dict[str, np.ndarray], level: Difficulty, *, seed: int, chu
         **{f"{name}_weights": draws[f"{name}_weights"] * level.texture for name in ("ground", "object")},
     }
 
-
+# %% ../nbs/shapes.ipynb #523edeb8
 def _scene(draws: dict[str, np.ndarray], difficulty: str, *, seed: int, chunk: int, shrink: float = 1) -> dict[str, np.ndarray]:
     "What follows from the drawn values: place and color of the object; at normal difficulty the same to the last bit, always."
     level = _level(difficulty)
@@ -171,7 +171,7 @@ def _first(scene: dict[str, np.ndarray], number: int) -> dict[str, np.ndarray]:
     "The scene of the first `number` images of a chunk."
     return {name: value[:, :number] if name.endswith("waves") else value[:number] for name, value in scene.items()}
 
-# %% ../nbs/shapes.ipynb #98ec6f7c
+# %% ../nbs/shapes.ipynb #2ab3de59
 def _waves(x: np.ndarray, y: np.ndarray, waves: np.ndarray, weights: np.ndarray) -> np.ndarray:
     "Texture (N, H, W, 3): a sum of colored waves of random direction, frequency and phase."
     frequency, angle, phase = (value[..., None, None] for value in waves)
@@ -228,7 +228,7 @@ def _object_distance(x: np.ndarray, y: np.ndarray, scene: dict[str, np.ndarray])
         distance[rows] = shape_distance(name, px[rows], py[rows])
     return distance * scale
 
-# %% ../nbs/shapes.ipynb #567c4ffa
+# %% ../nbs/shapes.ipynb #23674610
 def _grid(size: int) -> tuple[np.ndarray, np.ndarray, float]:
     "Coordinates of the pixels' centers, to the right and upward, and the side of a pixel."
     side = ((np.arange(size, dtype=np.float32) + 0.5) * (2 / size)) - 1
@@ -255,7 +255,7 @@ def _photograph(canvas: np.ndarray, x: np.ndarray, y: np.ndarray, scene: dict[st
     canvas += scene["noise"][:, None, None, None] * rng.standard_normal(canvas.shape, dtype=np.float32)
     return (np.clip(canvas, 0, 1) * 255).round().astype(np.uint8)
 
-# %% ../nbs/shapes.ipynb #23674610
+# %% ../nbs/shapes.ipynb #256d419d
 def _draw_chunk(number: int, *, size: int, seed: int, chunk: int, difficulty: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "The first `number` images, labels and masks of a chunk."
     rng = np.random.default_rng([seed, chunk])
@@ -275,7 +275,7 @@ def _in_chunks(number: int, size: int, draw) -> list[np.ndarray]:
     chunks = [draw(min(_CHUNK, number - start), size=size, chunk=start // _CHUNK) for start in starts]
     return [np.concatenate(parts) for parts in zip(*chunks, strict=True)]
 
-
+# %% ../nbs/shapes.ipynb #1e63c671
 def draw_shapes(
     num_images: int,             # how many
     *,
@@ -284,12 +284,11 @@ def draw_shapes(
     difficulty: str = "normal",  # or 'easy', 'hard': the same objects, see `DIFFICULTIES`
 ) -> Images:                     # with masks; ten classes in equal shares
     "Draw images of ten kinds of objects over cluttered backgrounds, with the objects' masks."
-    _level(difficulty)
     images, labels, masks = _in_chunks(num_images, size, partial(_draw_chunk, seed=seed, difficulty=difficulty))
     name = f"shapes-{seed}" if difficulty == "normal" else f"shapes-{difficulty}-{seed}"
     return Images(images, labels.astype(np.int64), np.array([f"{name}-{index:06d}" for index in range(num_images)]), masks)
 
-# %% ../nbs/shapes.ipynb #27a35fe3
+# %% ../nbs/shapes.ipynb #bd44bade
 def mask_boxes(
     masks: np.ndarray,  # (..., H, W) bool
 ) -> np.ndarray:        # (..., 4) int32: left, top, right, bottom; right and bottom lie outside; zeros for an empty mask
@@ -321,7 +320,7 @@ def outlined(
     frames = box_masks(boxes, size) & ~box_masks(boxes - [-1, -1, 1, 1], size)
     return np.where(frames.any(axis=1)[..., None], np.uint8(color), images)
 
-# %% ../nbs/shapes.ipynb #a7bcc1a8
+# %% ../nbs/shapes.ipynb #345ee4ac
 def show_rows(
     rows: Mapping[str, Sequence[np.ndarray]],  # images of each row, by the name that stands at its left
     titles: Sequence[str] | None = None,       # above the first row
@@ -341,7 +340,7 @@ def show_rows(
         ax.text(index + 0.5, -0.05, title, ha="center", va="bottom")
     return ax
 
-# %% ../nbs/shapes.ipynb #88d40a4e
+# %% ../nbs/shapes.ipynb #757d08be
 @dataclass(frozen=True)
 class Scenes:
     "Images of up to K objects each, counted from back to front."
@@ -371,7 +370,7 @@ class Scenes:
         "The scenes at `indices`, in that order."
         return Scenes(**{name: value[indices] for name, value in vars(self).items()})
 
-# %% ../nbs/shapes.ipynb #236cf3cb
+# %% ../nbs/shapes.ipynb #e78e390b
 _VISIBLE, _TRIES = 0.6, 12  # the least share of an object that stays visible, and how often a place is sought for
 
 
@@ -392,7 +391,7 @@ def _find_place(layer: dict[str, np.ndarray], masks: np.ndarray, full: np.ndarra
         left = left[~good]
     return distance
 
-# %% ../nbs/shapes.ipynb #757d08be
+# %% ../nbs/shapes.ipynb #45898bd3
 def _layers(number: int, *, seed: int, chunk: int, max_objects: int, difficulty: str) -> tuple[list[dict], np.random.Generator]:
     "What describes each layer of the first `number` scenes, an object each; and the stream of the noise."
     streams = [np.random.default_rng([seed, chunk, 2, index]) for index in range(max_objects)]
@@ -424,7 +423,7 @@ def _draw_scene_chunk(number: int, *, size: int, max_objects: int, **options) ->
     sort = partial(np.take_along_axis, indices=order, axis=1)
     return [_photograph(canvas, x, y, layers[0], rng), sort(objects), np.take_along_axis(masks, order[..., None, None], axis=1), sort(visible)]
 
-# %% ../nbs/shapes.ipynb #e78e390b
+# %% ../nbs/shapes.ipynb #5f278af5
 def draw_scenes(
     num_images: int,             # how many
     *,
@@ -434,7 +433,6 @@ def draw_scenes(
     difficulty: str = "normal",  # or 'easy', 'hard', see `DIFFICULTIES`
 ) -> Scenes:                     # a class may appear twice in a scene
     "Draw images of several objects that may overlap, at least 60 % of each visible."
-    _level(difficulty)
     if not 1 <= max_objects <= 9:
         raise ValueError(f"max_objects: expected 1 to 9, got {max_objects}")
     draw = partial(_draw_scene_chunk, seed=seed, max_objects=max_objects, difficulty=difficulty)
@@ -442,7 +440,7 @@ def draw_scenes(
     name = f"scenes-{seed}" if difficulty == "normal" else f"scenes-{difficulty}-{seed}"
     return Scenes(images, objects.astype(np.int64), masks, visible, np.array([f"{name}-{index:06d}" for index in range(num_images)]))
 
-# %% ../nbs/shapes.ipynb #4d07faac
+# %% ../nbs/shapes.ipynb #9f0e4f55
 @dataclass(frozen=True)
 class Spurious:
     "A patch that goes with one class: where, how large, and on which share of the images."
@@ -462,7 +460,7 @@ class Spurious:
         if isinstance(self.parts, str) or not set(self.parts) <= {"train", "validation", "test"}:
             raise DataError(f"parts: expected a tuple of 'train', 'validation', 'test', got {self.parts!r}")
 
-# %% ../nbs/shapes.ipynb #11f50b0a
+# %% ../nbs/shapes.ipynb #d1161e54
 def _checker(side: int) -> np.ndarray:
     "Nine squares, magenta and green (side, side, 3)."
     row = np.arange(side) * 3 // side
@@ -479,7 +477,7 @@ def _patch_boxes(shape: tuple[int, ...], spurious: Spurious, rng: np.random.Gene
         corners[:] = room - 1  # a line of the image stays around it
     return np.concatenate([corners, corners + side], axis=1).astype(np.int32)
 
-
+# %% ../nbs/shapes.ipynb #a21e621a
 def plant_patches(
     images: Images,
     spurious: Spurious,                      # which class, which share, where

@@ -58,25 +58,21 @@ def test_difficulty_changes_the_drawing_but_not_what_is_drawn():
     assert contrast[1] > 1.3 * contrast[2], "hard objects are close to the ground"
 
 
-def test_objects_stay_in_the_image_at_every_difficulty():
-    "The place follows from the new scale; with the old one, large easy objects would be cut off at the edge."
-    for name in DIFFICULTIES:
-        drawn = draw_shapes(600, size=40, seed=4, difficulty=name)
-        round_ones = drawn.subset(drawn.labels == SHAPE_CLASSES.index("disc"))
-        whole = np.pi * (0.8 * _scales(name, 600, seed=4)[drawn.labels == 0]) ** 2 / 4  # of the image's area
-        shown = round_ones.masks.mean(axis=(1, 2))
-        assert np.mean(shown > 0.75 * whole) > 0.9, name
-
-
-def _scales(difficulty, number, *, seed):
-    "The slow way: the second thing that each stream draws, mapped to the range of the difficulty."
-    drawn = []
-    for chunk in range(-(-number // 200)):
-        rng = np.random.default_rng([seed, chunk])
+def test_place_follows_from_the_scale_so_that_objects_stay_in_the_image():
+    "The slow way: scale and place are the second and third thing that each stream draws."
+    scale, place = [], []
+    for chunk in range(3):
+        rng = np.random.default_rng([4, chunk])
         rng.random((20, 10))
-        drawn.append(rng.uniform(0, 1, 200))
-    low, high = DIFFICULTIES[difficulty].scale
-    return low + (high - low) * np.concatenate(drawn)[:number]
+        scale, place = [*scale, *rng.uniform(0, 1, 200)], [*place, *rng.uniform(-1, 1, (200, 2))]
+    for name, level in DIFFICULTIES.items():
+        drawn = draw_shapes(600, size=40, seed=4, difficulty=name)
+        radius = level.scale[0] + (level.scale[1] - level.scale[0]) * np.array(scale)
+        expected = np.array(place) * (1 - 0.88 * radius)[:, None]
+        left, top, right, bottom = mask_boxes(drawn.masks).T / 20 - 1
+        found = np.stack([left + right, -top - bottom], axis=1) / 2
+        disc = drawn.labels == SHAPE_CLASSES.index("disc")
+        assert np.median(abs(found - expected)[disc]) < 0.02, name
 
 
 # -- boxes ------------------------------------------------------------------------------------------------------------
@@ -130,6 +126,22 @@ def test_scenes_show_what_their_masks_say():
     assert np.median(across) > 3 * np.median(inside)
 
 
+def test_every_object_of_a_scene_stands_out_from_its_ground():
+    scenes = draw_scenes(200, seed=7, difficulty="easy")
+    lighter = []
+    for image, masks in zip(scenes.images.mean(axis=-1), scenes.masks, strict=True):
+        for mask, (left, top, right, bottom) in zip(masks, mask_boxes(masks), strict=True):
+            ground = ~masks.any(axis=0)[top:bottom, left:right]
+            if ground.any():
+                lighter.append(image[mask].mean() > image[top:bottom, left:right][ground].mean())
+    assert np.mean(lighter) > 0.95
+
+
+def test_a_stroke_in_front_hides_a_part():
+    assert (draw_scenes(100, size=32, max_objects=1, difficulty="hard").visible < 1).any()
+    assert (draw_scenes(100, size=32, max_objects=1, difficulty="easy").visible == 1).all()
+
+
 def test_scenes_overlap_and_count_evenly_and_continue():
     scenes = draw_scenes(400, size=32, seed=8)
     counts = np.bincount((scenes.objects >= 0).sum(axis=1), minlength=5)
@@ -147,9 +159,9 @@ def test_a_scene_without_room_has_fewer_objects(monkeypatch):
     "Where every object must stay whole, few find a place; labels follow."
     monkeypatch.setattr("cvdl.shapes._VISIBLE", 1.0)
     monkeypatch.setattr("cvdl.shapes._TRIES", 1)
-    scenes = draw_scenes(100, size=32, seed=8, max_objects=9)
+    scenes = draw_scenes(300, size=32, seed=8, max_objects=9, difficulty="hard")
     present = scenes.objects >= 0
-    assert (scenes.visible[present] == 1).all() and present.sum() < 0.9 * 500
+    assert (scenes.visible[present] == 1).all() and present.sum() < 0.9 * 300 * 5
     assert (np.diff(present.astype(int), axis=1) <= 0).all(), "objects come first, empty places last"
     assert np.array_equal(scenes.masks.any(axis=(2, 3)), present)
 
@@ -171,6 +183,7 @@ def test_exactly_the_chosen_share_is_planted(size, place):
     assert np.array_equal(planted.images[~under], clean.images[~under]) and np.array_equal(planted.masks, clean.masks & ~under)
     assert set(map(tuple, planted.images[under])) == {(255, 0, 255), (0, 255, 0)}
     assert len(np.unique(planted.patches[has], axis=0)) == 1 if place == "corner" else len(np.unique(planted.patches[has], axis=0)) > 10
+    assert not np.array_equal(planted.images, clean.images), "the clean images are left as they were"
     assert planted.digests is None and clean.patches is None and np.array_equal(planted.ids, clean.ids)
 
 
@@ -179,6 +192,7 @@ def test_shares_are_nested_and_seeded():
     small, large, other = (plant_patches(clean, Spurious("disc", share=share), seed=seed).patches.any(axis=1)
                            for share, seed in ((0.3, 1), (0.8, 1), (0.3, 2)))
     assert small.sum() == 9 and large.sum() == 24 and large[small].all() and not np.array_equal(small, other)
+    assert plant_patches(clean, Spurious("disc", share=0.25)).patches.any(axis=1).sum() == 8, "7.5 is rounded"
     assert not plant_patches(clean, Spurious("disc", share=0)).patches.any()
     assert plant_patches(clean, Spurious("disc", share=1, other_share=1)).patches.any(axis=1).all()
 
