@@ -118,7 +118,7 @@ class Difficulty:
     scale: tuple[float, float] = (0.48, 0.85)  # radius of the object, in halves of the image's side
     rotation: float = 45                       # degrees, to either side
     distractors: int = 6                       # small things behind the object, at most 12
-    strokes: float = 0.3                       # share of images with a stroke in front of the object
+    strokes: float = 0.3                       # share of images with a stroke in front of the object; up to 0.3 it is a faint hair, beyond it grows
     texture: float = 1                         # strength of the textures, relative to normal
     noise: float = 1                           # relative to normal
     contrast: float = 1                        # distance of the object's color from the ground's, relative to normal

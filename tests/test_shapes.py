@@ -7,7 +7,23 @@ import numpy as np
 import pytest
 
 from cvdl.data import DataError, Splits, audit, load
-from cvdl.shapes import DIFFICULTIES, SHAPE_CLASSES, Spurious, box_masks, draw_scenes, draw_shapes, mask_boxes, outlined, plant_patches, show_rows
+from cvdl.shapes import (
+    DIFFICULTIES,
+    SHAPE_CLASSES,
+    Spurious,
+    _background,
+    _draws,
+    _grid,
+    _scene,
+    _stroke_distance,
+    box_masks,
+    draw_scenes,
+    draw_shapes,
+    mask_boxes,
+    outlined,
+    plant_patches,
+    show_rows,
+)
 
 SIZES = [8, 20, 33, 96, 128]
 # Of the first six images of seed 0, and of images 199, 200 and 400 of seed 3 (the last of a chunk and the first of the next two), as first drawn.
@@ -56,6 +72,31 @@ def test_difficulty_changes_the_drawing_but_not_what_is_drawn():
     assert area[0] > 1.1 * area[1] > 1.3 * area[2], "easy objects are large"
     assert grain[2] > 1.3 * grain[1] > 1.6 * grain[0], "hard images are noisy"
     assert contrast[1] > 1.3 * contrast[2], "hard objects are close to the ground"
+
+
+@pytest.mark.parametrize("name", DIFFICULTIES)
+def test_a_difficulty_keeps_its_settings(name):
+    level, draws = DIFFICULTIES[name], _draws(np.random.default_rng([7, 2]))
+    scene, normal = (_scene(draws, each, seed=7, chunk=2) for each in (name, "normal"))
+    low, high = scene["scale"].min(), scene["scale"].max()
+    assert level.scale[0] <= low < level.scale[0] + 0.02 and level.scale[1] - 0.02 < high <= level.scale[1] + 1e-6
+    assert 0.95 * level.rotation < np.degrees(abs(scene["rotation"]).max()) < 1.0001 * level.rotation
+    both = min(level.distractors, 6)
+    assert scene["distractors"].shape == (200, level.distractors, 8) and np.array_equal(scene["distractors"][:, :both], normal["distractors"][:, :both])
+    assert abs(np.mean(~np.isnan(scene["stroke"][:, 0])) - level.strokes) < 0.1
+    for key, factor in (("noise", level.noise), ("ground_weights", level.texture), ("object_weights", level.texture)):
+        np.testing.assert_allclose(scene[key], normal[key] * factor, rtol=1e-5)
+    away, usual = (np.linalg.norm(each["color"] - each["ground"], axis=1) for each in (scene, normal))
+    np.testing.assert_allclose(away, usual * level.contrast, rtol=1e-4)
+
+
+def test_what_lies_around_shrinks_with_the_objects():
+    "Or a dot of the background would be as large as a disc of a crowded scene."
+    scene, (x, y, pixel) = _scene(_draws(np.random.default_rng(1)), "hard", seed=0, chunk=0), _grid(48)
+    plain = _background(x, y, scene | {"distractors": scene["distractors"][:, :0]}, pixel)
+    covered = [np.mean((_background(x, y, scene, pixel, shrink=shrink) != plain).any(axis=-1)) for shrink in (1, 0.5)]
+    struck = [np.mean(_stroke_distance(x, y, scene, shrink=shrink) < 0) for shrink in (1, 0.5)]
+    assert 0 < covered[1] < 0.5 * covered[0] and 0 < struck[1] < 0.5 * struck[0]
 
 
 def test_place_follows_from_the_scale_so_that_objects_stay_in_the_image():
