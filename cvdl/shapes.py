@@ -127,7 +127,7 @@ class Difficulty:
 DIFFICULTIES = {
     "easy": Difficulty(scale=(0.65, 0.85), rotation=15, distractors=2, strokes=0, texture=0.5, noise=0.4),
     "normal": Difficulty(),
-    "hard": Difficulty(scale=(0.36, 0.7), rotation=180, distractors=12, strokes=0.6, texture=1.3, noise=1.8, contrast=0.6),
+    "hard": Difficulty(scale=(0.42, 0.75), rotation=90, distractors=10, strokes=0.5, texture=1.2, noise=1.5, contrast=0.7),
 }
 
 
