@@ -56,8 +56,13 @@ from cvdl.reading import (
     read_pixels,
     read_table,
 )
-from .shapes import SHAPE_CLASSES, draw_shapes
+from .shapes import DIFFICULTIES, SHAPE_CLASSES, Spurious, draw_shapes, plant_patches
+from .shapes import box_masks as box_masks
+from .shapes import draw_scenes as draw_scenes
+from .shapes import mask_boxes as mask_boxes
+from .shapes import outlined as outlined
 from .shapes import shape_distance as shape_distance
+from .shapes import show_rows as show_rows
 
 # %% ../nbs/00_data.ipynb #d9ff4eea
 def hash_numbers(
@@ -434,6 +439,24 @@ def _check_left_out(pool: _Pool, name: str, most: float) -> None:
         raise DataError(f"{name}: {len(pool.left_out)} of {total} files cannot be used, more than the allowed {most:.0%}: {named}, …; "
                         "mend or remove them, or raise max_left_out.")
 
+# %% ../nbs/00_data.ipynb #d41f7b3e
+def _check_drawing(name: str, difficulty: str, spurious: Spurious | None) -> None:
+    "Options that only the shapes have."
+    if difficulty not in DIFFICULTIES:
+        raise DataError(f"difficulty: expected one of {', '.join(map(repr, DIFFICULTIES))}, got {difficulty!r}.")
+    if not isinstance(spurious, Spurious | None):
+        raise DataError(f"spurious: expected a Spurious, such as Spurious('disc', share=0.9), got {spurious!r}.")
+    given = "difficulty" if difficulty != "normal" else "spurious" if spurious is not None else None
+    if given and name != "shapes":
+        raise DataError(f"{given}: only 'shapes' are drawn and can have it; leave it out for {name!r}.")
+
+
+def _plant(splits: Splits, spurious: Spurious, *, seed: int) -> Splits:
+    "The same images in the same parts, with patches in those parts that `spurious` names."
+    parts = {name: plant_patches(images, spurious, classes=splits.classes, seed=seed) if name in spurious.parts else images
+             for name, images in splits.parts.items()}
+    return replace(splits, **parts, fingerprint=fingerprint(list(parts.values()), splits.classes))
+
 # %% ../nbs/00_data.ipynb #54635775
 def load(
     name_or_path: str | Path,         # 'shapes', 'cifar10', 'fashion_mnist', a folder or archive of class folders, or a table path,label
@@ -444,6 +467,8 @@ def load(
     seed: int = 0,                    # of the choice, the split and the drawing
     max_left_out: float = 0.2,        # a larger share of files that cannot be used is an error
     memory_limit: int | None = None,  # bytes; more pixels stay on disk; None for a quarter of the memory
+    difficulty: str = "normal",       # of the shapes: 'easy', 'normal', 'hard'
+    spurious: Spurious | None = None, # of the shapes: a patch that gives a class away, planted after the split
 ) -> Splits:                          # ready for every chapter
     "Load a data set and split it; whatever is wrong with it is a `DataError` that says what to do."
     if split not in ("official", "80/10/10"):
@@ -451,10 +476,11 @@ def load(
     if image_size is not None and image_size < 8:
         raise DataError(f"image_size: expected at least 8 pixels, got {image_size}.")
     name = str(name_or_path)
+    _check_drawing(name, difficulty, spurious)
     path = None if name == "shapes" else _find(name)
     if name == "shapes":
         _check_number(num_images, SHAPE_CLASSES)
-        images = draw_shapes(num_images or 10_000, size=image_size or 32, seed=seed)
+        images = draw_shapes(num_images or 10_000, size=image_size or 32, seed=seed, difficulty=difficulty)
         pool = _Pool(images, np.full(len(images), "train"), SHAPE_CLASSES)
     elif path is None:
         pool = _benchmark(name, image_size).choose(num_images, seed)
@@ -468,7 +494,7 @@ def load(
                          exact=name == "shapes" or title in _BENCHMARKS, left_out=pool.left_out)
     if splits.left_out:
         print(left_out_line(splits))
-    return splits
+    return splits if spurious is None else _plant(splits, spurious, seed=seed)
 
 # %% ../nbs/00_data.ipynb #66f701eb
 def audit(

@@ -39,11 +39,12 @@ class Images:
     groups: np.ndarray | None = None   # (N,) str: images of one group (patient, scene) stay in one part
     digests: np.ndarray | None = None  # (N,) uint64, hash of the pixels
     sizes: np.ndarray | None = None    # (N, 2) int32, height and width of the file's own image
+    patches: np.ndarray | None = None  # (N, 4) int32: left, top, right, bottom of a planted patch; zeros where there is none
 
     def __post_init__(self):
         if self.images.ndim != 4 or self.images.shape[-1] != 3 or self.images.dtype != np.uint8:
             raise ValueError(f"images: expected (N, H, W, 3) uint8, got {self.images.shape} {self.images.dtype}")
-        for name in ("labels", "ids", "masks", "groups", "digests", "sizes"):
+        for name in ("labels", "ids", "masks", "groups", "digests", "sizes", "patches"):
             value = getattr(self, name)
             if value is not None and len(value) != len(self.images):
                 raise ValueError(f"{name}: expected {len(self.images)}, one per image, got {len(value)}")
