@@ -74,10 +74,29 @@ def _prepared(image: np.ndarray, details: bool) -> np.ndarray:  # (32, 32, 3) fl
     return image - cv2.GaussianBlur(image, (0, 0), 2.5) if details else image
 
 
-def _slide(one: np.ndarray, two: np.ndarray) -> float:
-    "Best correlation of the middle of `one` with `two`; -1 for patches without contrast, which have none."
-    found = cv2.matchTemplate(two, np.ascontiguousarray(one[REACH : SIDE - REACH, REACH : SIDE - REACH]), cv2.TM_CCOEFF_NORMED)
-    return float(found[np.isfinite(found) & (found <= 1.001)].max(initial=-1.0))
+def _slide(one: np.ndarray, two: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
+    "Best correlation of the middle of `one` with `two`, and the two patches; -1 for patches without contrast, which have none."
+    middle = np.ascontiguousarray(one[REACH : SIDE - REACH, REACH : SIDE - REACH])
+    found = cv2.matchTemplate(two, middle, cv2.TM_CCOEFF_NORMED)
+    found[~np.isfinite(found) | (found > 1.001)] = -1
+    row, column = np.unravel_index(found.argmax(), found.shape)
+    return float(found[row, column]), middle, two[row : row + len(middle), column : column + len(middle)]
+
+
+def _without_lines(one: np.ndarray, two: np.ndarray) -> float:
+    "Least correlation of two patches when the mean of each row, and when that of each column, is taken away; 1 where little would remain."
+    least = 1.0
+    for axis in (0, 1):
+        a, b = (patch - patch.mean(axis=axis, keepdims=True) for patch in (one, two))
+        if (a**2).sum() > 0.02 * (one**2).sum() and (b**2).sum() > 0.02 * (two**2).sum():
+            least = min(least, float((a * b).sum() / np.sqrt((a**2).sum() * (b**2).sum())))
+    return least
+
+
+def _match(one: np.ndarray, two: np.ndarray, details: bool) -> float:
+    "`pixel_match` of two prepared images."
+    value, *patches = max(_slide(one, two), _slide(two, one), key=lambda found: found[0])
+    return max(min(value, _without_lines(*patches)), -1.0) if details else value
 
 
 def pixel_match(
@@ -87,8 +106,7 @@ def pixel_match(
     details: bool = False,  # compare what a blur takes away
 ) -> float:                 # at most 1
     "Best correlation of the middle of one image with the other, over shifts of at most 4 pixels, whatever brightness and contrast."
-    one, two = _prepared(one, details), _prepared(two, details)
-    return max(_slide(one, two), _slide(two, one))
+    return _match(_prepared(one, details), _prepared(two, details), details)
 
 # %% ../nbs/audit.ipynb #0b8c49c6
 def _candidates(known: np.ndarray, beside: np.ndarray, column: int, least: float) -> tuple[np.ndarray, np.ndarray]:
@@ -111,7 +129,7 @@ def _similarities(small: np.ndarray, first: np.ndarray, second: np.ndarray, matc
         fine = {row: _prepared(image, True) for row, image in images.items()}
         values = np.full(len(rows), -1.0)
         for index, (a, b) in enumerate(zip(first[rows], second[rows], strict=True)):
-            if (one := _slide(fine[a], fine[b])) >= details - 0.1 and max(one, _slide(fine[b], fine[a])) >= details:
+            if _slide(fine[a], fine[b])[0] >= details - 0.1 and _match(fine[a], fine[b], True) >= details:
                 values[index] = pixel_match(images[a], images[b])
         return np.where(values >= match, np.minimum(values, 1), -1)
 
@@ -124,7 +142,7 @@ def similar_pairs(
     *,
     candidate: float = 0.83,    # least product of descriptors
     match: float = 0.95,        # least `pixel_match` ...
-    details: float = 0.84,      # ... and that of the details
+    details: float = 0.78,      # ... and that of the details
     block: int = 4000,          # images that are compared with as many others at once
     progress: bool = True,
 ) -> pd.DataFrame:              # index_a < index_b, similarity, in falling similarity
