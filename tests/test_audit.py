@@ -92,15 +92,16 @@ def test_a_sharp_horizon_is_no_detail():
     assert pixel_match(scenes[0], np.roll(scenes[0], 1, axis=1), details=True) > 0.9
     stripes = np.random.default_rng(0).integers(0, 256, (32, 1, 1)).repeat(32, 1).repeat(3, 2).astype(np.uint8)
     assert pixel_match(stripes, np.roll(stripes, 1, axis=0), details=True) > 0.9
-    assert pixel_match(np.swapaxes(stripes, 0, 1), np.roll(np.swapaxes(stripes, 0, 1), 1, axis=1), details=True) > 0.9
+    saved = cv2.imdecode(cv2.imencode(".jpg", np.swapaxes(stripes, 0, 1), [cv2.IMWRITE_JPEG_QUALITY, 60])[1], cv2.IMREAD_COLOR)
+    assert pixel_match(np.swapaxes(stripes, 0, 1), saved, details=True) > 0.9
 
 
 def test_fine_colors_that_jpeg_loses_do_not_count():
     "Fine brightness is kept by JPEG, fine color is not: a copy without it is a copy."
     rng = np.random.default_rng(0)
     colors = rng.integers(-60, 61, (32, 32, 3))
-    image = np.clip(draw_shapes(1, seed=5).images[0] + colors - colors.mean(axis=-1, keepdims=True), 0, 255).astype(np.uint8)
-    copy = cv2.imdecode(cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 80])[1], cv2.IMREAD_COLOR)
+    image = np.clip(draw_shapes(1, seed=5).images[0] * 0.5 + 64 + colors - colors.mean(axis=-1, keepdims=True), 0, 255).astype(np.uint8)
+    copy = cv2.imdecode(cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 60])[1], cv2.IMREAD_COLOR)
     assert pixel_match(image, copy, details=True) > 0.78 and len(similar_pairs(np.stack([image, copy]), progress=False)) == 1
 
 
