@@ -82,7 +82,7 @@ def _slide(one: np.ndarray, two: np.ndarray) -> tuple[float, np.ndarray, np.ndar
     row, column = np.unravel_index(found.argmax(), found.shape)
     return float(found[row, column]), middle, two[row : row + len(middle), column : column + len(middle)]
 
-
+# %% ../nbs/audit.ipynb #e5940b72
 def _without_lines(one: np.ndarray, two: np.ndarray) -> float:
     "Least correlation of two patches when the mean of each row, and when that of each column, is taken away; 1 where little would remain."
     least = 1.0
@@ -227,6 +227,19 @@ def odd_sizes(
         odd |= away > np.maximum(6 * away.median(), 2)
     return sizes[odd].reset_index(drop=True)
 
+# %% ../nbs/audit.ipynb #e5940b73
+def _summary(found: "Audit") -> pd.DataFrame:
+    total, moved = sum(map(len, found.parts.values())), found.drift
+    rows = [
+        *summarize_pairs(found.pairs, {name: len(images) for name, images in found.parts.items()}),
+        ("blank images", len(found.blank), total),
+        ("images of odd size", len(found.outliers), total),
+        ("classes with few training images", len(found.small), len(found.classes)),
+        ("statistics that drift between parts", int(moved["drifts"].sum()), len(moved)),
+    ]
+    frame = pd.DataFrame(rows, columns=["finding", "count", "of"])
+    return frame.assign(share=frame["count"] / frame["of"].clip(lower=1))
+
 # %% ../nbs/audit.ipynb #6d1c2f30
 @dataclass(frozen=True)
 class Audit:
@@ -284,19 +297,6 @@ class Audit:
                  for a, b, kind, similarity in zip(*names, self.pairs["kind"], self.pairs["similarity"])]
         return {"summary": self.summary().to_dict("records"), "pairs": len(self.pairs), "first_pairs": first,
                 "imbalance": self.imbalance, "small_classes": list(self.small)}
-
-
-def _summary(found: Audit) -> pd.DataFrame:
-    total, moved = sum(map(len, found.parts.values())), found.drift
-    rows = [
-        *summarize_pairs(found.pairs, {name: len(images) for name, images in found.parts.items()}),
-        ("blank images", len(found.blank), total),
-        ("images of odd size", len(found.outliers), total),
-        ("classes with few training images", len(found.small), len(found.classes)),
-        ("statistics that drift between parts", int(moved["drifts"].sum()), len(moved)),
-    ]
-    frame = pd.DataFrame(rows, columns=["finding", "count", "of"])
-    return frame.assign(share=frame["count"] / frame["of"].clip(lower=1))
 
 # %% ../nbs/audit.ipynb #c9b6393f
 def _expand(links: list[tuple], group: np.ndarray, part: np.ndarray) -> pd.DataFrame:

@@ -83,7 +83,7 @@ def _save_findings(found, folder: Path) -> None:
     plot_drift(found)[0].figure.savefig(folder / "drift.png", bbox_inches="tight")
     plt.close("all")
 
-
+# %% ../nbs/cli.ipynb #f2b31c43
 @app.command()
 def audit(
     data: Annotated[str, typer.Option(help="shapes, cifar10, a folder of class folders, or an archive of one.")],
