@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from .audit import Audit, count_classes, show_pairs
+from .audit import Audit, count_classes, plot_drift, show_odd, show_pairs
 from .audit import audit as audit_parts
 from cvdl.house import (
     DataError,

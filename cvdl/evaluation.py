@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['Predictor', 'check_images', 'check_labels', 'check_probabilities', 'keras_predictor', 'augmented_predictor',
-           'wilson_interval', 'Metrics', 'evaluate', 'plot_confusion_matrix', 'plot_per_class', 'worst_mistakes',
-           'plot_mistakes', 'Latency', 'usable_threads', 'measure_latency', 'model_size', 'comparison_table',
-           'select_model']
+           'wilson_interval', 'Metrics', 'evaluate', 'plot_confusion_matrix', 'plot_per_class', 'accuracy_by_group',
+           'with_copy', 'accuracy_with_and_without', 'worst_mistakes', 'plot_mistakes', 'Latency', 'usable_threads',
+           'measure_latency', 'model_size', 'comparison_table', 'select_model']
 
 # %% ../nbs/05_evaluation.ipynb #4e493a97
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import keras
@@ -249,6 +249,54 @@ def plot_per_class(
     ax.set(xlabel="share", ylim=(-0.5, len(table) - 0.5), xlim=(min(0.9, lowest) - 0.02, 1.01))
     ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
     return ax
+
+# %% ../nbs/05_evaluation.ipynb #e1a20b32
+def accuracy_by_group(
+    probabilities: np.ndarray,         # (N, C) float, rows sum to 1
+    labels: np.ndarray,                # (N,) int class indices
+    groups: Mapping[str, Sequence],    # property -> (N,) its value for each image: booleans, names, numbers
+    *,
+    confidence: float = 0.95,          # coverage of the intervals
+) -> pd.DataFrame:                     # a row per property and value, worst first: n, accuracy, low, high
+    "Accuracy, with its Wilson interval, of the images of each value of each property."
+    probabilities = check_probabilities(probabilities)
+    labels = check_labels(labels, num_classes=probabilities.shape[1], length=len(probabilities))
+    hits, rows = probabilities.argmax(axis=1) == labels, []
+    for name, values in groups.items():
+        if len(values) != len(hits):
+            raise ValueError(f"groups: expected {len(hits)} values of {name!r}, one per image, got {len(values)}")
+        for value, own in pd.Series(hits).groupby(np.asarray(values), dropna=False):
+            rows.append((name, value, len(own), own.mean(), *wilson_interval(own.sum(), len(own), confidence=confidence)))
+    table = pd.DataFrame(rows, columns=["group", "value", "n", "accuracy", "low", "high"])
+    return table.sort_values(["accuracy", "high"], kind="stable", ignore_index=True)
+
+# %% ../nbs/05_evaluation.ipynb #e1a20b35
+def with_copy(
+    audit: Mapping | None,  # the entry "audit" of data.json; runs of earlier versions have none
+    n: int,                 # number of test images
+) -> np.ndarray | None:     # (N,) bool; None where nobody looked for copies
+    "Which test images have a copy among the training images."
+    rows = None if audit is None else audit.get("leaked_test_images")
+    if rows is None:
+        return None
+    outside = [row for row in rows if not 0 <= row < n]
+    if outside:
+        raise ValueError(f"leaked_test_images: expected indices of {n} test images, got {outside[0]}; run chapter 00_data again")
+    return np.isin(np.arange(n), np.asarray(rows, int))
+
+
+def accuracy_with_and_without(
+    probabilities: np.ndarray,   # (N, C) answers on the test images
+    labels: np.ndarray,          # (N,) int class indices
+    leaked: np.ndarray | None,   # (N,) bool from `with_copy`
+) -> dict:                       # 'all', 'without a copy', 'with a copy' -> n, accuracy, interval; groups without images are left out
+    "Accuracy on all test images, on those without a copy in training, and on those with one."
+    names = {"all": np.full(len(labels), "all")}
+    if leaked is not None:
+        names["copy"] = np.where(leaked, "with a copy", "without a copy")
+    table = accuracy_by_group(probabilities, labels, names).set_index("value")
+    return {value: {"n": int(table.loc[value, "n"]), "accuracy": float(table.loc[value, "accuracy"]), "interval": table.loc[value, ["low", "high"]].tolist()}
+            for value in ("all", "without a copy", "with a copy") if value in table.index}
 
 # %% ../nbs/05_evaluation.ipynb #c4f37e11
 def worst_mistakes(

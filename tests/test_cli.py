@@ -81,8 +81,34 @@ def test_predict_goes_on_behind_a_bad_file(folder):
     assert "text.png: not an image" in done.stderr and "missing.png: " in done.stderr
 
 
+def test_audit_finds_what_was_planted(tmp_path):
+    "A copy under another label, an image of nothing and a banner, in a folder of plain files; no model and no split is needed."
+    from cvdl.shapes import draw_shapes
+
+    images = draw_shapes(60, size=64, seed=0).images
+    for part, rows in (("train", range(40)), ("test", range(40, 60))):
+        for row in rows:
+            path = tmp_path / "photos" / part / ("even", "odd")[row % 2] / f"{row} ü.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image = {40: np.roll(images[1], 2, axis=1), 42: np.full((64, 64, 3), 90, np.uint8), 5: np.tile(images[5], (1, 30, 1))}.get(row, images[row])
+            Image.fromarray(image).save(path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/odd_sizes.png").write_text("of an earlier audit")
+    done = run("audit", "--data", "photos", "--output", "out", cwd=tmp_path)
+    counts = {line[30:].strip(): int(line[:8]) for line in done.stdout.splitlines() if line[:8].strip().isdigit()}
+    assert counts["test images with a near copy in train"] == counts["pairs of copies with different labels"] == 1
+    assert counts["blank images"] == counts["images of odd size"] == 1 and "60 images of 2 classes" in done.stdout
+    found = json.loads((tmp_path / "out/audit.json").read_text())
+    assert [name.split("/")[-1] for name in found["test_images_with_a_copy_in_train"]] == ["40 ü.png"] and found["pairs"] == 1
+    for name in ("copies", "conflicts", "blank", "odd_sizes", "drift"):
+        assert Image.open(tmp_path / "out" / f"{name}.png").size[0] > 300
+    run("audit", "--data", "shapes", "--num-images", 60, "--output", "out", cwd=tmp_path)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"audit.json", "drift.png"}
+
+
 @pytest.mark.parametrize(("words", "expected"), [
     (["train", "--data", "no-such-data"], "no-such-data"),
+    (["audit", "--data", "no-such-data"], "no-such-data"),
     (["train", "--data", "shapes", "--num-images", "5"], ""),
     (["train", "--model", "baseline", "--freeze-base"], "no pretrained base"),
     (["evaluate", "--model", "nowhere"], "nowhere"),
