@@ -98,7 +98,8 @@ def loading() -> None:
         if {cached["fingerprint"]} != {each["fingerprint"] for each in cold}:
             raise Problem("cifar10: the cache gives other images than the archive.")
         for what, values, target in (("cold", [each["seconds"][0] for each in cold], 15), ("cached", cached["seconds"], 1)):
-            rows.append({"what": f"cifar10.zip, {what}", "value": statistics.median(values), "unit": "s", "lowest": min(values), "highest": max(values), "target": f"under {target} s"})
+            rows.append({"what": f"cifar10.zip, {what}", "value": statistics.median(values), "unit": "s",
+                         "lowest": min(values), "highest": max(values), "target": f"under {target} s"})
         rows.append({"what": "cifar10.zip, cold", "value": cached["images"] / rows[0]["value"], "unit": "images/s"})
     for kind in ("JPEG", "PNG", "WEBP"):
         rows.append({"what": f"{kind} of 500×500 into 96×96, one core", "value": decoding_rate(kind), "unit": "images/s"})
@@ -146,7 +147,7 @@ def train_from_disk(
     model, _ = build_model(recipe, splits.image_shape, splits.num_classes)
     compile_model(model, recipe, steps=int(steps))
     stream, _ = training_stream(splits.train, splits.num_classes, policy=Policy.light(), batch_size=recipe.batch_size, seed=0)
-    model.fit(stream.take(int(steps)), verbose=0)
+    model.fit(stream.repeat(), steps_per_epoch=int(steps), shuffle=False, verbose=0)
     model.evaluate(labeled_batches(splits.validation, splits.num_classes).take(20), verbose=0)
     memory["trained"] = resident()
     print(json.dumps({"images": sum(map(len, splits.parts.values())), "load s": seconds,
