@@ -94,21 +94,50 @@ def _check_jpeg(content: bytes) -> None:
 
 
 def _check_gif(content: bytes) -> None:
-    "Blocks without a gap up to the trailer."
+    "Blocks without a gap up to the trailer; the first image has data for each of its pixels."
     def table(flags: int) -> int:  # bytes of colors
         return 3 << (flags & 7) + 1 if flags & 0x80 else 0
 
-    start = 13 + table(content[10])
+    start, pixels = 13 + table(content[10]), None
     while content[start] != 0x3B:
-        if content[start] == 0x21:  # an extension
-            start += 2
-        elif content[start] == 0x2C:  # an image
-            start += 11 + table(content[start + 9])
-        else:
+        kind, data, about = content[start], [], content[start + 1 : start + 10]
+        if kind not in (0x21, 0x2C):  # an extension, an image
             raise DataError("damaged: bytes between its parts")
+        start += 2 if kind == 0x21 else 11 + table(about[8])
+        bits = content[start - 1]
         while content[start]:
+            data.append(content[start + 1 : start + 1 + content[start]])
             start += 1 + content[start]
         start += 1
+        if kind == 0x2C and pixels is None:
+            pixels = int.from_bytes(about[4:6], "little") * int.from_bytes(about[6:8], "little")
+            if _lzw_length(b"".join(data), bits) != pixels:
+                raise DataError("damaged: its data do not fit its pixels")
+
+
+def _lzw_length(data: bytes, bits: int) -> int | None:
+    "How many pixels compressed data are; None if a code means nothing. (Welch, 1984; only lengths are kept, no pixels.)"
+    clear, length, held, value = 1 << bits, 0, 0, 0
+    size, lengths, before = bits + 1, [1] * clear + [0, 0], 0
+    for byte in data:
+        value, held = value | byte << held, held + 8
+        while held >= size:
+            code, value, held = value & (1 << size) - 1, value >> size, held - size
+            if code == clear:
+                size, before = bits + 1, 0
+                del lengths[clear + 2 :]
+            elif code == clear + 1:
+                return length
+            elif code > len(lengths) - (not before):
+                return None
+            else:
+                if before and len(lengths) < 4096:
+                    lengths.append(before + 1)  # the sequence before and the first pixel of this one
+                if len(lengths) == 1 << size and size < 12:
+                    size += 1
+                before = lengths[code]
+                length += before
+    return length
 
 
 def _check_webp(content: bytes) -> None:
@@ -179,7 +208,8 @@ def decode_image(
     suffix: str = "",           # ending of the file's name; one of another format is an error
 ) -> np.ndarray:                # (H, W, 3) uint8
     "Decode an image file of any common format; raises `DataError` with the reason if it is not whole and sound."
-    return _decode(content, size, suffix)[0]
+    with warnings.catch_warnings(action="ignore"):  # Pillow warns of large images; the limit here is ours
+        return _decode(content, size, suffix)[0]
 
 
 def _decode(content: bytes, size: int | None, suffix: str) -> tuple[np.ndarray, tuple[int, int]]:
@@ -187,8 +217,7 @@ def _decode(content: bytes, size: int | None, suffix: str) -> tuple[np.ndarray, 
     if not content:
         raise DataError("empty file")
     try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(content)) as image:
-            warnings.simplefilter("ignore")  # Pillow warns of large images; the limit here is ours
+        with Image.open(io.BytesIO(content)) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(f"too many pixels: {image.width:,} × {image.height:,}")
             if suffix.lower() in SUFFIXES and suffix.lower() not in _FORMATS.get(image.format, SUFFIXES):
@@ -626,7 +655,8 @@ def _try_to_decode(name: str, content: bytes | str, size: int) -> tuple[np.ndarr
 def _decode_all(source: Source, names: Sequence[str], size: int, title: str, file=None) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[tuple[str, str]]]:
     "Decode all files, into `file` if there is one; returns which are readable, hashes, own sizes, and (name, reason) of the others."
     readable, digests, sizes, left_out = np.zeros(len(names), bool), np.zeros(len(names), np.uint64), np.zeros((len(names), 2), np.int32), []
-    with ThreadPoolExecutor() as pool, tqdm(total=len(names), desc=title, unit="image", delay=2, mininterval=1, leave=False) as bar:
+    quiet = warnings.catch_warnings(action="ignore")  # around all threads: the filters are those of the process
+    with quiet, ThreadPoolExecutor() as pool, tqdm(total=len(names), desc=title, unit="image", delay=2, mininterval=1, leave=False) as bar:
         for start in range(0, len(names), 256):  # so many files in memory at a time
             chunk = names[start : start + 256]
             contents = [_try_to_read(source, name) for name in chunk]
@@ -649,7 +679,7 @@ def common_size(
     "The side of all images if they are square, equal and at most 96 pixels, else 96."
     sizes = set()
     for name in list(names)[:: max(1, len(names) // 50)]:
-        with suppress(*UNREADABLE, Image.DecompressionBombError):  # decoding will say what is wrong with it
+        with suppress(*UNREADABLE, Image.DecompressionBombError), warnings.catch_warnings(action="ignore"):  # decoding will say what is wrong with it
             sizes.add(Image.open(io.BytesIO(source.read(name))).size)
     (width, height), *others = sizes or {(0, 1)}
     return width if not others and 8 <= width == height <= 96 else 96
