@@ -126,6 +126,7 @@ def train(
     input_size: Annotated[int, typer.Option(min=32, help="Pixels a side that a transferred backbone sees.")] = 96,
     image_size: Annotated[int | None, typer.Option(help="Pixels a side that images are brought to.")] = None,
     num_images: Annotated[int | None, typer.Option(help="Use only this many images.")] = None,
+    max_left_out: Annotated[float, typer.Option(min=0, max=1, help="A larger share of files that cannot be used is an error.")] = 0.2,
     seed: int = 0,
     run: Annotated[str | None, typer.Option(help="Name of the run's folder under models/; default the data set's name.")] = None,
 ):
@@ -135,7 +136,7 @@ def train(
     transferred = model is not ModelName.baseline
     if not transferred and (freeze_base or unfreeze_layers is not None):
         raise DataError("--freeze-base, --unfreeze-layers: the baseline has no pretrained base; choose another --model or leave them out")
-    splits = load(data, image_size=image_size, num_images=num_images, seed=seed)
+    splits = load(data, image_size=image_size, num_images=num_images, seed=seed, max_left_out=max_left_out)
     _start_tensorflow()
     from cvdl.training import Recipe
     from cvdl.training import train as train_model

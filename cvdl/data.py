@@ -41,8 +41,9 @@ from cvdl.house import (
 )
 from cvdl.reading import (
     TABLES,
+    FilePixels,
     LazyPixels,
-    Pixels,
+    Pool,
     Source,
     content_digests,
     digests_of,
@@ -51,7 +52,6 @@ from cvdl.reading import (
     is_table,
     label_table,
     labeled_files,
-    open_source,
     read_file,
     read_pixels,
     read_table,
@@ -183,7 +183,7 @@ class Splits:
             known = {f"{part}_{key}": value for key, value in vars(images).items() if value is not None}
             if isinstance(images.images, LazyPixels):
                 known[f"{part}_images"] = images.images.rows
-                about["pixels"] = [str(images.images.file), images.images.side]
+                about["pixels"] = [str(images.images.file), images.images.side, isinstance(images.images, FilePixels)]
             arrays |= known
         with atomic(Path(folder) / "splits.npz") as partial, partial.open("wb") as file:
             np.savez(file, about=np.array(json.dumps(about)), **arrays)
@@ -202,10 +202,11 @@ class Splits:
             raise DataError(f"{path}: cannot be read ({error}); delete it and run chapter 00_data again.") from None
         parts = {part: {name.removeprefix(f"{part}_"): value for name, value in arrays.items() if name.startswith(f"{part}_")} for part in _PART_NAMES}
         if "pixels" in about:
-            file, side = about["pixels"]
+            file, side, encoded = about["pixels"]
             if not Path(file).exists():
-                raise DataError(f"{file}: the decoded pixels of these splits are gone; run chapter 00_data again.")
-            parts = {part: values | {"images": LazyPixels(file, side, values["images"])} for part, values in parts.items()}
+                raise DataError(f"{file}: the pixels of these splits are gone; run chapter 00_data again.")
+            for values in parts.values():
+                values["images"] = FilePixels(file, side, values["ids"], values["digests"]) if encoded else LazyPixels(file, side, values["images"])
         return cls(**{part: Images(**values) for part, values in parts.items()}, classes=tuple(about["classes"]), name=about["name"],
                    fingerprint=about["fingerprint"], left_out=tuple(tuple(pair) for pair in about["left_out"]))
 
@@ -291,21 +292,13 @@ def _class_names(labels: Sequence[str]) -> list[str]:
     return sorted(names, key=int) if all(re.fullmatch(r"-?\d{1,18}", name) for name in names) else sorted(names)
 
 
-@dataclass(frozen=True)
-class _Pool:
-    "All readable images of a source, not yet split."
-    images: Images
-    part: np.ndarray  # (N,) of 'train', 'validation', 'test'
-    classes: tuple[str, ...]
-    left_out: tuple[tuple[str, str], ...] = ()
-
-    def choose(self, number: int | None, seed: int) -> "_Pool":
-        "At most `number` images, each part and class with its share."
-        _check_number(number, self.classes)
-        if number is None or number >= len(self.images):
-            return self
-        rows = _choose(self.images.ids, self.part, self.images.labels, number, seed)
-        return _Pool(self.images.subset(rows), self.part[rows], self.classes, self.left_out)
+def _choose_from(pool: Pool, number: int | None, seed: int) -> Pool:
+    "At most `number` images, each part and class with its share."
+    _check_number(number, pool.classes)
+    if number is None or number >= len(pool.images):
+        return pool
+    rows = _choose(pool.images.ids, pool.part, pool.images.labels, number, seed)
+    return replace(pool, images=pool.images.subset(rows), part=pool.part[rows])
 
 # %% ../nbs/00_data.ipynb #6441caca
 def _list_files(path: Path, source: Source) -> tuple[pd.DataFrame, list[tuple[str, str]]]:
@@ -330,27 +323,26 @@ def _memory_limit() -> int:
     return int((memory if math.isfinite(memory) else 4) * 2**28)
 
 
-def _read_pool(path: Path, *, image_size: int | None, num_images: int | None, seed: int, memory_limit: int | None) -> _Pool:
-    "The images of a folder, an archive or a table, at most `num_images` of them."
-    with open_source(path) as source:
+def _read_pool(path: Path, *, image_size: int | None, num_images: int | None, seed: int) -> Pool:
+    "The images of a folder, an archive or a table, at most `num_images` of them; their pixels stay on disk."
+    def list_files(source):
         table, left_out = _list_files(path, source)
-        classes = _class_names(table["label"])
-        _check_number(num_images, classes)
+        table = table.assign(label=pd.Categorical(table["label"], categories=_class_names(table["label"].unique())))
+        _check_number(num_images, table["label"].cat.categories)
         if num_images is not None:
-            codes = table["label"].map({name: index for index, name in enumerate(classes)})
-            table = table.iloc[_choose(*(table[key].to_numpy(str) for key in ("name", "part")), codes.to_numpy(), num_images, seed)]
-        pixels = read_pixels(source, path, table, image_size=image_size, memory_limit=_memory_limit() if memory_limit is None else memory_limit)
-    return _pool(pixels, classes, left_out)
+            names, part = (table[key].to_numpy(str) for key in ("name", "part"))
+            table = table.iloc[_choose(names, part, table["label"].cat.codes.to_numpy(), num_images, seed)]
+        return table, left_out
+
+    return read_pixels(path, list_files, image_size=image_size, choice="" if num_images is None else f"{num_images} {seed}")
 
 
-def _pool(pixels: Pixels, classes: Sequence[str], left_out: Sequence[tuple[str, str]]) -> _Pool:
-    table = pixels.table
-    codes = {name: index for index, name in enumerate(classes)}
-    labels = np.array([codes[label] for label in table["label"]], np.int64)
-    groups = table["group"].to_numpy(str)
-    images = Images(pixels.images, labels, table["name"].to_numpy(str), groups=groups if (groups != "").any() else None,
-                    digests=table["digest"].to_numpy(), sizes=table[["height", "width"]].to_numpy(np.int32))
-    return _Pool(images, table["part"].to_numpy(str), tuple(classes), (*pixels.left_out, *left_out))
+def _into_memory(splits: Splits, limit: int | None) -> Splits:
+    "Read pixels that stay on disk, if all of them take no more memory than `limit` bytes."
+    lazy = [name for name, images in splits.parts.items() if isinstance(images.images, LazyPixels)]
+    if sum(splits.parts[name].images.nbytes for name in lazy) > (_memory_limit() if limit is None else limit):
+        return splits
+    return replace(splits, **{name: replace(splits.parts[name], images=splits.parts[name].images[:]) for name in lazy})
 
 # %% ../nbs/00_data.ipynb #4ed493bd
 _CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -395,7 +387,7 @@ def _download(name: str) -> list[np.ndarray]:
                         f"put the archive of PNG files there (CVDL_HOME names the folder) or run once with a network{debian}.") from error
 
 
-def _benchmark(name: str, image_size: int | None) -> _Pool:
+def _benchmark(name: str, image_size: int | None) -> Pool:
     "A benchmark that is not a file under `home()`."
     train, train_labels, test, test_labels = (_debian_fashion_mnist() if name == "fashion_mnist" else None) or _download(name)
     images = np.concatenate([train, test])
@@ -405,7 +397,7 @@ def _benchmark(name: str, image_size: int | None) -> _Pool:
     labels = np.concatenate([train_labels, test_labels]).ravel().astype(np.int64)
     part = np.repeat(["train", "test"], [len(train), len(test)])
     ids = np.array([f"{part}-{index:05d}" for index, part in enumerate(part)])
-    return _Pool(Images(images, labels, ids), part, _BENCHMARKS[name])
+    return Pool(Images(images, labels, ids), part, _BENCHMARKS[name])
 
 # %% ../nbs/00_data.ipynb #f5a722ec
 def _find(name: str) -> Path | None:
@@ -431,7 +423,7 @@ def left_out_line(
     return f"left out {len(splits.left_out)} of {total} files: {named}{more}" if splits.left_out else ""
 
 
-def _check_left_out(pool: _Pool, name: str, most: float) -> None:
+def _check_left_out(pool: Pool, name: str, most: float) -> None:
     "Too many bad files are an error: a wrong folder, a broken download."
     total = len(pool.images) + len(pool.left_out)
     if len(pool.left_out) > most * total:
@@ -481,17 +473,18 @@ def load(
     if name == "shapes":
         _check_number(num_images, SHAPE_CLASSES)
         images = draw_shapes(num_images or 10_000, size=image_size or 32, seed=seed, difficulty=difficulty)
-        pool = _Pool(images, np.full(len(images), "train"), SHAPE_CLASSES)
+        pool = Pool(images, np.full(len(images), "train"), SHAPE_CLASSES)
     elif path is None:
-        pool = _benchmark(name, image_size).choose(num_images, seed)
+        pool = _choose_from(_benchmark(name, image_size), num_images, seed)
     elif path.parent == home() / "data":  # kept whole in the cache: other choices of images need no decoding
-        pool = _read_pool(path, image_size=image_size, num_images=None, seed=seed, memory_limit=memory_limit).choose(num_images, seed)
+        pool = _choose_from(_read_pool(path, image_size=image_size, num_images=None, seed=seed), num_images, seed)
     else:
-        pool = _read_pool(path, image_size=image_size, num_images=num_images, seed=seed, memory_limit=memory_limit)
+        pool = _read_pool(path, image_size=image_size, num_images=num_images, seed=seed)
     _check_left_out(pool, name, max_left_out)
     title = name if path is None else re.sub("(" + "|".join(map(re.escape, _ARCHIVES)) + ")$", "", path.resolve().name)
     splits = make_splits(pool.images, pool.part, pool.classes, name=title, split=split, seed=seed,
                          exact=name == "shapes" or title in _BENCHMARKS, left_out=pool.left_out)
+    splits = _into_memory(splits, memory_limit)
     if splits.left_out:
         print(left_out_line(splits))
     return splits if spurious is None else _plant(splits, spurious, seed=seed)

@@ -12,6 +12,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -101,14 +102,25 @@ def models_folder(
 def atomic(
     path: Path,         # what shall exist, whole or not at all
 ) -> Iterator[Path]:    # what to write
-    "A temporary path that becomes `path` when the block ends well."
+    "A temporary path that becomes `path`, a file or a folder, when the block ends well."
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    _remove(partial)  # of a process that was killed
     try:
         yield partial
+        if path.is_dir():
+            _remove(path)
         os.replace(partial, path)
     finally:
-        partial.unlink(missing_ok=True)
+        _remove(partial)
+
+
+def _remove(path: Path) -> None:
+    "Remove a file or a folder, if it is there."
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _plain(value):

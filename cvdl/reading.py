@@ -5,21 +5,25 @@
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'SUFFIXES', 'UNREADABLE', 'MAX_BYTES', 'TABLES', 'PARTS', 'CACHE_BYTES', 'fit', 'decode_image', 'Source',
            'read_file', 'is_table', 'open_source', 'class_folders', 'label_table', 'read_table', 'labeled_files',
-           'LazyPixels', 'Pixels', 'content_digests', 'digests_of', 'common_size', 'read_pixels']
+           'LazyPixels', 'content_digests', 'digests_of', 'FilePixels', 'Pool', 'common_size', 'read_pixels']
 
 # %% ../nbs/reading.ipynb #7873f0ba
+import copy
 import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import tarfile
+import threading
 import warnings
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -29,7 +33,7 @@ import pandas as pd
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from .house import DataError, Images, cache_folder
+from .house import DataError, Images, atomic, cache_folder, write_json
 
 # %% ../nbs/reading.ipynb #8fc08866
 def _to_rgb(image: Image.Image) -> np.ndarray:
@@ -62,33 +66,128 @@ def fit(
     return pixels[top : top + size, left : left + size]
 
 # %% ../nbs/reading.ipynb #4e567b06
+_MARKER = re.compile(rb"\xff+([^\x00\xff])")  # what ends a scan; among its data, 0xFF is followed by 0x00
+
+
+def _check_jpeg(content: bytes) -> None:
+    "Segments without a gap up to the end of the image; in a scan no marker but restarts, in their order."
+    start, scans = 2, 0
+    while True:
+        found = _MARKER.match(content, start)
+        if found is None:
+            raise DataError("truncated" if start >= len(content) else "damaged: bytes between its parts")
+        kind, start = found[1][0], found.end()
+        if kind == 0xD9 and scans:
+            return
+        start += int.from_bytes(content[start : start + 2], "big")
+        if kind == 0xDA:
+            scans, restarts = scans + 1, 0
+            for found in _MARKER.finditer(content, start):
+                if not 0xD0 <= found[1][0] <= 0xD7:
+                    break
+                if found[1][0] != 0xD0 + restarts % 8:
+                    raise DataError("damaged: a part is missing")
+                restarts += 1
+            else:
+                raise DataError("truncated")
+            start = found.start()
+
+
+def _check_gif(content: bytes) -> None:
+    "Blocks without a gap up to the trailer; the first image has data for each of its pixels."
+    def table(flags: int) -> int:  # bytes of colors
+        return 3 << (flags & 7) + 1 if flags & 0x80 else 0
+
+    start, pixels = 13 + table(content[10]), None
+    while content[start] != 0x3B:
+        kind, data, about = content[start], [], content[start + 1 : start + 10]
+        if kind not in (0x21, 0x2C):  # an extension, an image
+            raise DataError("damaged: bytes between its parts")
+        start += 2 if kind == 0x21 else 11 + table(about[8])
+        bits = content[start - 1]
+        while content[start]:
+            data.append(content[start + 1 : start + 1 + content[start]])
+            start += 1 + content[start]
+        start += 1
+        if kind == 0x2C and pixels is None:
+            pixels = int.from_bytes(about[4:6], "little") * int.from_bytes(about[6:8], "little")
+            if _lzw_length(b"".join(data), bits) != pixels:
+                raise DataError("damaged: its data do not fit its pixels")
+
+
+def _lzw_length(data: bytes, bits: int) -> int | None:
+    "How many pixels compressed data are; None if a code means nothing. (Welch, 1984; only lengths are kept, no pixels.)"
+    clear, length, held, value = 1 << bits, 0, 0, 0
+    size, lengths, before = bits + 1, [1] * clear + [0, 0], 0
+    for byte in data:
+        value, held = value | byte << held, held + 8
+        while held >= size:
+            code, value, held = value & (1 << size) - 1, value >> size, held - size
+            if code == clear:
+                size, before = bits + 1, 0
+                del lengths[clear + 2 :]
+            elif code == clear + 1:
+                return length
+            elif code > len(lengths) - (not before):
+                return None
+            else:
+                if before and len(lengths) < 4096:
+                    lengths.append(before + 1)  # the sequence before and the first pixel of this one
+                if len(lengths) == 1 << size and size < 12:
+                    size += 1
+                before = lengths[code]
+                length += before
+    return length
+
+
+def _check_webp(content: bytes) -> None:
+    "Chunks without a gap that fill the file as its header says."
+    end, start = int.from_bytes(content[4:8], "little") + 8, 12
+    while start < end <= len(content):
+        start += 8 + int.from_bytes(content[start + 4 : start + 8], "little")
+        start += start % 2
+    if start != end + end % 2:
+        raise DataError("truncated" if max(start, end) > len(content) else "damaged: its parts do not fill it")
+
+
+def _check_bmp(content: bytes) -> None:
+    "The file is as long as it says, and so are its pixels where they are not compressed."
+    size, offset, header, width, height = (int.from_bytes(content[at : at + 4], "little", signed=True) for at in (2, 10, 14, 18, 22))
+    if size > len(content):
+        raise DataError("truncated")
+    if header == 40 and int.from_bytes(content[30:34], "little") == 0:
+        rows = -(-width * int.from_bytes(content[28:30], "little") // 32) * 4 * abs(height)
+        if not 0 <= len(content) - offset - rows < 4:
+            raise DataError("damaged: its header does not fit its pixels")
+
+
+def _check_png(content: bytes) -> None:
+    "Chunks without a gap, each with the right check sum, up to the last one."
+    start, name = 8, b""
+    while name != b"IEND":
+        size, name = int.from_bytes(content[start : start + 4], "big"), content[start + 4 : start + 8]
+        end = start + 8 + size
+        if end + 4 > len(content):
+            raise DataError("truncated")
+        if zlib.crc32(content[start + 4 : end]) != int.from_bytes(content[end : end + 4], "big"):
+            raise DataError("damaged: a check sum is wrong")
+        start = end + 4
+
+# %% ../nbs/reading.ipynb #2f60b8c3
 MAX_PIXELS = 100_000_000  # of one image; more is refused before anything is decoded
 _TIFF = (b"II*\0", b"MM\0*")
 _FORMATS = {"JPEG": {".jpg", ".jpeg", ".jpe", ".jfif"}, "MPO": {".jpg", ".jpeg", ".mpo"}, "PNG": {".png", ".apng"}, "WEBP": {".webp"},
             "BMP": {".bmp", ".dib"}, "GIF": {".gif"}, "TIFF": {".tif", ".tiff"}}
 SUFFIXES = frozenset().union(*_FORMATS.values())
+_CHECKS = {"JPEG": _check_jpeg, "MPO": _check_jpeg, "GIF": _check_gif, "WEBP": _check_webp, "BMP": _check_bmp, "PNG": _check_png}
 
 
 def _check_whole(content: bytes, kind: str) -> None:
-    "Raise `DataError` where a file ends early or its parts do not match their check sums; decoders are more lenient."
-    if kind in ("JPEG", "MPO") and b"\xff\xd9" not in content[-65536:]:
-        raise DataError("truncated")
-    if kind == "GIF" and b";" not in content[-512:]:
-        raise DataError("truncated")
-    if kind == "WEBP" and int.from_bytes(content[4:8], "little") + 8 > len(content):
-        raise DataError("truncated")
-    if kind == "BMP" and int.from_bytes(content[2:6], "little") > len(content):
-        raise DataError("truncated")
-    if kind == "PNG":
-        start, name = 8, b""
-        while name != b"IEND":
-            size, name = int.from_bytes(content[start : start + 4], "big"), content[start + 4 : start + 8]
-            end = start + 8 + size
-            if end + 4 > len(content):
-                raise DataError("truncated")
-            if zlib.crc32(content[start + 4 : end]) != int.from_bytes(content[end : end + 4], "big"):
-                raise DataError("damaged: a check sum is wrong")
-            start = end + 4
+    "Raise `DataError` where a file ends early or its parts do not fit together; decoders are more lenient."
+    try:
+        _CHECKS.get(kind, lambda _: None)(content)
+    except IndexError:  # it ends where a part should begin
+        raise DataError("truncated") from None
 
 
 def _reason(error: Exception) -> str:
@@ -109,7 +208,8 @@ def decode_image(
     suffix: str = "",           # ending of the file's name; one of another format is an error
 ) -> np.ndarray:                # (H, W, 3) uint8
     "Decode an image file of any common format; raises `DataError` with the reason if it is not whole and sound."
-    return _decode(content, size, suffix)[0]
+    with warnings.catch_warnings(action="ignore"):  # Pillow warns of large images; the limit here is ours
+        return _decode(content, size, suffix)[0]
 
 
 def _decode(content: bytes, size: int | None, suffix: str) -> tuple[np.ndarray, tuple[int, int]]:
@@ -117,8 +217,7 @@ def _decode(content: bytes, size: int | None, suffix: str) -> tuple[np.ndarray, 
     if not content:
         raise DataError("empty file")
     try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(content)) as image:
-            warnings.simplefilter("ignore")  # Pillow warns of large images; the limit here is ours
+        with Image.open(io.BytesIO(content)) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(f"too many pixels: {image.width:,} × {image.height:,}")
             if suffix.lower() in SUFFIXES and suffix.lower() not in _FORMATS.get(image.format, SUFFIXES):
@@ -213,10 +312,10 @@ def _members(archive: zipfile.ZipFile | tarfile.TarFile) -> Source:
         extract = archive.read
     else:
         members = {member.name: member for member in archive.getmembers() if member.isfile()}
-        sizes = {name: member.size for name, member in members.items()}
+        sizes, lock = {name: member.size for name, member in members.items()}, threading.Lock()
 
         def extract(name: str) -> bytes:
-            with archive.extractfile(members[name]) as file:
+            with lock, archive.extractfile(members[name]) as file:  # all members share one place in the file
                 return file.read()
 
     def read(name: str) -> bytes:
@@ -239,14 +338,17 @@ def is_table(
 
 @contextmanager
 def open_source(
-    path: Path,          # a folder, a .zip or .tar archive, or a table, which names files beside it
+    path: Path,             # a folder, a .zip or .tar archive, or a table, which names files beside it
+    *,
+    listing: bool = True,   # False leaves the names of a folder's files out: whoever knows them need not wait
 ) -> Iterator[Source]:
     "The files of a folder or of an archive, to be read one at a time and never extracted."
-    if path.is_dir():
+    if path.is_dir() and listing:
         yield _walk(path)
         return
-    if is_table(path):
-        yield Source([], lambda name: read_file(path.parent / name))
+    if path.is_dir() or is_table(path):
+        folder = path if path.is_dir() else path.parent
+        yield Source([], lambda name: read_file(folder / name))
         return
     opener = zipfile.ZipFile if zipfile.is_zipfile(path) else tarfile.open
     try:
@@ -270,30 +372,49 @@ def _is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in SUFFIXES
 
 
+def _places(folders: dict[str, list[str]], counts: Counter) -> dict[str, tuple[str, str]]:
+    "The label and the part of each folder that has them, from the parts of its path and the number of its images."
+    depths, skip, half = Counter(), 0, counts.total() / 2
+    for folder, parts in folders.items():
+        depths[len(parts)] += counts[folder]
+    while True:  # a folder that holds all class folders
+        tops = {parts[skip] for folder, parts in folders.items() if counts[folder] and len(parts) > skip}
+        if len(tops) != 1 or tops & set(PARTS) or sum(depths[depth] for depth in depths if depth > skip + 1) <= half:
+            break
+        skip += 1
+    tops = {parts[skip].lower() for folder, parts in folders.items() if counts[folder] and len(parts) > skip + 1}
+    split = bool(tops & {"train", "training"}) and tops <= set(PARTS) and depths[skip + 1] < half
+    if split:
+        return {folder: (parts[skip + 1], PARTS[parts[skip].lower()]) for folder, parts in folders.items()
+                if len(parts) > skip + 1 and parts[skip].lower() in PARTS}
+    return {folder: (parts[skip], "train") for folder, parts in folders.items() if len(parts) > skip}
+
+
 def class_folders(
     names: Sequence[str],  # of files, with '/' between folders
 ) -> tuple[pd.DataFrame, list[tuple[str, str]]]:  # (name, label, part, group) a row, and (name, reason) of images elsewhere
     "Labels and parts from the folders in which files lie."
-    inside = {name: [part for part in name.split("/") if part not in ("", ".", "..")] for name in names}
-    inside = {name: parts for name, parts in inside.items() if parts and not _hidden(parts)}
-    images = [name for name in inside if _is_image(name)] or list(inside)
-    skip = 0
-    while True:  # a folder that holds all class folders
-        tops = {inside[name][skip] for name in images if len(inside[name]) > skip + 1}
-        deep = sum(len(inside[name]) > skip + 2 for name in images)
-        if len(tops) != 1 or tops & set(PARTS) or 2 * deep <= len(images):
-            break
-        skip += 1
-    tops = {inside[name][skip].lower() for name in images if len(inside[name]) > skip + 2}
-    split = bool(tops & {"train", "training"}) and tops <= set(PARTS) and 2 * sum(len(inside[name]) == skip + 2 for name in images) < len(images)
-    rows, strays = [], []
-    for name, parts in inside.items():
-        depth = len(parts) - skip
-        if depth > (2 if split else 1) and (not split or parts[skip].lower() in PARTS):
-            rows.append((name, parts[skip + split], PARTS[parts[skip].lower()] if split else "train", ""))
+    folders, images, files = {}, Counter(), Counter()
+    for name in names:  # files are many and folders are few: only folders are taken apart and kept
+        folder, _, file = name.rpartition("/")
+        if folder not in folders:
+            folders[folder] = [part for part in folder.split("/") if part not in ("", ".", "..")]
+        if not _hidden([*folders[folder], file]):
+            files[folder] += 1
+            images[folder] += _is_image(file)
+    places = _places(folders, +images or files)
+    rows, labels, parts, strays = [], [], [], []
+    for name in names:
+        folder, _, file = name.rpartition("/")
+        if not files[folder] or _hidden([file]):
+            continue
+        if folder in places:
+            rows.append(name)
+            labels.append(places[folder][0])
+            parts.append(places[folder][1])
         elif _is_image(name):
             strays.append((name, "not in a class folder"))
-    return pd.DataFrame(rows, columns=_COLUMNS), strays
+    return pd.DataFrame(dict(zip(_COLUMNS, (rows, labels, parts, ""), strict=True)), dtype=object), strays  # the strings of `names`, no copies
 
 # %% ../nbs/reading.ipynb #d3e60cf3
 _NAME_COLUMNS, _LABEL_COLUMNS = ("path", "file_name", "filename", "file", "image"), ("label", "class", "category", "target")
@@ -375,8 +496,11 @@ class LazyPixels:
         rows: np.ndarray | None = None,  # (N,) rows of the file; None for all
     ):
         self.file, self.side = Path(file), side
-        self._bytes = 3 * side * side
         self.rows = np.arange(self.file.stat().st_size // self._bytes, dtype=np.int32) if rows is None else np.asarray(rows, np.int32)
+
+    @property
+    def _bytes(self) -> int:
+        return 3 * self.side**2
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -395,19 +519,37 @@ class LazyPixels:
         self,
         indices,         # anything that selects rows of an array
     ) -> "LazyPixels":
-        "Other rows of the same file; reads nothing."
-        return LazyPixels(self.file, self.side, self.rows[indices])
+        "Other rows of the same source; reads nothing."
+        other = copy.copy(self)
+        other.rows = self.rows[indices]
+        return other
 
     def __getitem__(self, index) -> np.ndarray:
         index, rest = (index[0], index[1:]) if isinstance(index, tuple) else (index, ())
         rows = self.rows[index]
         pixels = np.empty((np.size(rows), self.side, self.side, 3), np.uint8)
-        with self.file.open("rb") as file:  # reads instead of a memory map: mapped pages count as this process's memory
-            for row, image in zip(np.atleast_1d(rows), pixels, strict=True):
-                if os.preadv(file.fileno(), [image], int(row) * self._bytes) != self._bytes:
-                    raise DataError(f"{self.file}: is shorter than it was; load the data again.")
+        self._read(np.atleast_1d(rows), pixels)
         pixels = pixels[0] if np.ndim(rows) == 0 else pixels
         return pixels[rest if np.ndim(rows) == 0 else (slice(None), *rest)] if rest else pixels
+
+    def _read(self, rows: np.ndarray, pixels: np.ndarray) -> None:
+        "Fill `pixels`, in the order of the file: neighbors in one go."
+        order = np.argsort(rows, kind="stable")
+        with self.file.open("rb", buffering=0) as file:  # reads instead of a memory map: mapped pages count as this process's memory
+            def read(first: int, into: np.ndarray) -> None:
+                if os.preadv(file.fileno(), [into], int(first) * self._bytes) != into.nbytes:
+                    raise DataError(f"{self.file}: is shorter than it was; load the data again.")
+
+            for start in range(0, len(rows), 256):
+                some = order[start : start + 256]
+                first, last = rows[some[0]], rows[some[-1]]
+                if last - first < 2 * len(some):
+                    block = np.empty((last - first + 1, *pixels.shape[1:]), np.uint8)
+                    read(first, block)
+                    pixels[some] = block[rows[some] - first]
+                    continue
+                for each in some:
+                    read(rows[each], pixels[each])
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return (self[row] for row in range(len(self)))
@@ -415,15 +557,7 @@ class LazyPixels:
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         return np.asarray(self[:], dtype)
 
-# %% ../nbs/reading.ipynb #30ee0def
-@dataclass(frozen=True)
-class Pixels:
-    "Everything readable of a source."
-    images: "np.ndarray | LazyPixels"         # (N, S, S, 3) uint8
-    table: pd.DataFrame                       # (N) name, label, part, group, digest, height, width
-    left_out: tuple[tuple[str, str], ...]     # (name, reason)
-
-
+# %% ../nbs/reading.ipynb #5be1d9a3
 def content_digests(
     images: np.ndarray,  # (N, H, W, 3) uint8
 ) -> np.ndarray:         # (N,) uint64
@@ -439,57 +573,103 @@ def digests_of(
     return content_digests(images.images) if images.digests is None else images.digests
 
 
+class FilePixels(LazyPixels):
+    "The same without decoded pixels on disk: an image is decoded from its file whenever it is read."
+
+    def __init__(
+        self,
+        file: Path,            # the folder, archive or table that the images come from
+        side: int,             # H = W
+        names: np.ndarray,     # (N,) str, as the source lists them
+        digests: np.ndarray,   # (N,) uint64 of the decoded pixels
+    ):
+        self.file, self.side, self.names, self.digests = Path(file).absolute(), side, names, digests
+        self.rows = np.arange(len(names), dtype=np.int32)
+        self._opened = []  # the source and what closes it; shared by all selections
+
+    def _read(self, rows: np.ndarray, pixels: np.ndarray) -> None:
+        if not self._opened:
+            stack = ExitStack()
+            self._opened.append((stack.enter_context(open_source(self.file, listing=False)), stack))
+        for row, image in zip(rows, pixels, strict=True):
+            name = str(self.names[row])
+            try:
+                image[:] = decode_image(self._opened[0][0].read(name), size=self.side, suffix=PurePosixPath(name).suffix)
+                changed = content_digests(image[None])[0] != self.digests[row]
+            except (*UNREADABLE, KeyError):
+                changed = True
+            if changed:
+                raise DataError(f"{self.file}: {name} is no longer what it was; load the data again.")
+
+# %% ../nbs/reading.ipynb #30ee0def
+@dataclass(frozen=True)
+class Pool:
+    "All readable images of a source, not yet split."
+    images: Images
+    part: np.ndarray                            # (N,) 'train', 'validation' or 'test'
+    classes: tuple[str, ...]                    # also those of which no image can be read
+    left_out: tuple[tuple[str, str], ...] = ()  # (file, reason)
+
+
 def _hash_file(path: Path) -> bytes:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").digest()  # processors have instructions for this one
 
 
-def _cache_key(source: Source, path: Path, table: pd.DataFrame, size: int | None) -> str:
-    digest = hashlib.sha256(f"2 {size}\n".encode())
+def _hash_files(source: Source, path: Path, table: pd.DataFrame, left_out: Sequence[tuple[str, str]]) -> bytes:
+    "A hash of the bytes of all files and of what the table says of them."
+    digest = hashlib.sha256(json.dumps([list(table["label"].cat.categories), left_out]).encode())
     digest.update(table[_COLUMNS].to_csv(index=False).encode())
-    if path.is_file() and not is_table(path):
-        digest.update(_hash_file(path))
-        return digest.hexdigest()[:16]
     for name in tqdm(table["name"], desc=f"{path.name}: hashing", unit="file", delay=3, mininterval=1, leave=False):
         try:
             digest.update(hashlib.sha256(source.read(name)).digest())
         except UNREADABLE as error:
             digest.update(_why(error).encode())
-    return digest.hexdigest()[:16]
+    return digest.digest()
+
+
+def _entry(path: Path, contents: bytes, wanted: str) -> Path:
+    "The folder of the cache for these contents."
+    key = hashlib.sha256(f"3 {wanted}\n".encode() + contents).hexdigest()
+    return cache_folder() / f"{path.name.partition('.')[0]}-{key[:16]}"
 
 # %% ../nbs/reading.ipynb #61e903f3
-def _decode_into(file, source: Source, names: Sequence[str], size: int, title: str) -> tuple[list[int], list[np.ndarray], list[tuple[int, int]], list[tuple[str, str]]]:
-    "Write the pixels of all readable files; returns their indices, hashes and own sizes, and (name, reason) of the others."
-    def decode(task):
-        name, content = task
-        if isinstance(content, str):
-            return content
-        try:
-            return _decode(content, size, PurePosixPath(name).suffix)
-        except DataError as error:
-            return str(error)
+def _try_to_read(source: Source, name: str) -> bytes | str:
+    try:
+        return source.read(name)
+    except UNREADABLE as error:
+        return _why(error)
 
-    def read(name):
-        try:
-            return name, source.read(name)
-        except UNREADABLE as error:
-            return name, _why(error)
 
-    kept, digests, sizes, left_out = [], [], [], []
-    with ThreadPoolExecutor() as pool, tqdm(total=len(names), desc=title, unit="image", delay=2, mininterval=1, leave=False) as bar:
+def _try_to_decode(name: str, content: bytes | str, size: int) -> tuple[np.ndarray, tuple[int, int], np.uint64] | str:
+    "Pixels, the own size and the hash; or the reason why not."
+    if isinstance(content, str):
+        return content
+    try:
+        pixels, own = _decode(content, size, PurePosixPath(name).suffix)
+    except DataError as error:
+        return str(error)
+    return pixels, own, content_digests(pixels[None])[0]
+
+
+def _decode_all(source: Source, names: Sequence[str], size: int, title: str, file=None) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[tuple[str, str]]]:
+    "Decode all files, into `file` if there is one; returns which are readable, hashes, own sizes, and (name, reason) of the others."
+    readable, digests, sizes, left_out = np.zeros(len(names), bool), np.zeros(len(names), np.uint64), np.zeros((len(names), 2), np.int32), []
+    quiet = warnings.catch_warnings(action="ignore")  # around all threads: the filters are those of the process
+    with quiet, ThreadPoolExecutor() as pool, tqdm(total=len(names), desc=title, unit="image", delay=2, mininterval=1, leave=False) as bar:
         for start in range(0, len(names), 256):  # so many files in memory at a time
             chunk = names[start : start + 256]
-            for index, result in enumerate(pool.map(decode, [read(name) for name in chunk]), start):
+            contents = [_try_to_read(source, name) for name in chunk]
+            for index, result in enumerate(pool.map(_try_to_decode, chunk, contents, [size] * len(chunk)), start):
                 if isinstance(result, str):
                     left_out.append((names[index], result))
                     continue
-                pixels, own = result
-                file.write(np.ascontiguousarray(pixels))
-                kept.append(index)
-                sizes.append(own)
-                digests.append(content_digests(pixels[None])[0])
+                pixels, sizes[index], digests[index] = result
+                readable[index] = True
+                if file is not None:
+                    file.write(np.ascontiguousarray(pixels))
             bar.update(len(chunk))
-    return kept, digests, sizes, left_out
+    return readable, digests[readable], sizes[readable], left_out
 
 
 def common_size(
@@ -499,17 +679,19 @@ def common_size(
     "The side of all images if they are square, equal and at most 96 pixels, else 96."
     sizes = set()
     for name in list(names)[:: max(1, len(names) // 50)]:
-        with suppress(*UNREADABLE, Image.DecompressionBombError):  # decoding will say what is wrong with it
+        with suppress(*UNREADABLE, Image.DecompressionBombError), warnings.catch_warnings(action="ignore"):  # decoding will say what is wrong with it
             sizes.add(Image.open(io.BytesIO(source.read(name))).size)
     (width, height), *others = sizes or {(0, 1)}
     return width if not others and 8 <= width == height <= 96 else 96
 
 # %% ../nbs/reading.ipynb #ac4bde91
 CACHE_BYTES = 20 * 2**30  # of decoded pixels kept; the entries used longest ago go first
+_PARTS = ["train", "validation", "test"]
 
 
 def _make_room(folder: Path, needed: int) -> bool:
     "Whether `needed` bytes fit, after old entries have gone."
+    folder.mkdir(parents=True, exist_ok=True)
     entries = sorted((entry for entry in folder.glob("*-*") if entry.is_dir()), key=lambda entry: entry.stat().st_mtime)
     sizes = {entry: sum(file.stat().st_size for file in entry.iterdir()) for entry in entries}
     while entries and sum(sizes.values()) + needed > CACHE_BYTES:
@@ -519,50 +701,64 @@ def _make_room(folder: Path, needed: int) -> bool:
     return shutil.disk_usage(folder).free > 1.1 * needed + 2**28
 
 
-def _open_entry(entry: Path, memory_limit: int) -> Pixels:
-    about = json.loads((entry / "about.json").read_text(encoding="utf-8"))
-    with np.load(entry / "table.npz", allow_pickle=False) as saved:
-        table = pd.DataFrame({name: saved[name] for name in saved.files})
-    images = LazyPixels(entry / "pixels.bin", about["side"])
-    if len(images) != len(table):
-        raise ValueError("pixels and table differ in length")
-    os.utime(entry)  # used just now
-    if images.nbytes <= memory_limit:
-        images = np.fromfile(entry / "pixels.bin", np.uint8).reshape(images.shape)
-    return Pixels(images, table, tuple(tuple(pair) for pair in about["left_out"]))
+def _open_entry(entry: Path, path: Path) -> Pool | None:
+    "What the cache holds; None where that is nothing or damaged."
+    with suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        about = json.loads((entry / "about.json").read_text(encoding="utf-8"))
+        with np.load(entry / "table.npz", allow_pickle=False) as saved:
+            table = {name: saved[name] for name in saved.files}
+        part = np.array(_PARTS)[table.pop("part")]
+        if about["kept"]:
+            pixels = LazyPixels(entry / "pixels.bin", about["side"])
+        else:
+            pixels = FilePixels(path, about["side"], table["ids"], table["digests"])
+        os.utime(entry)  # used just now
+        return Pool(Images(pixels, **table), part, tuple(about["classes"]), tuple(tuple(pair) for pair in about["left_out"]))
+    return None
+
+
+def _write_entry(entry: Path, source: Source, table: pd.DataFrame, left_out: Sequence[tuple[str, str]], size: int, *, keep: bool, title: str) -> None:
+    "Decode a source into an entry of the cache; without `keep` only what is known of each image."
+    labels, groups = table["label"].cat, table["group"].to_numpy(str)
+    with atomic(entry) as partial:
+        partial.mkdir()
+        with (partial / "pixels.bin").open("wb") if keep else nullcontext() as file:
+            readable, digests, sizes, unreadable = _decode_all(source, table["name"].tolist(), size, title, file)
+        known = {"ids": table["name"].to_numpy(str), "labels": labels.codes.to_numpy(np.int64),
+                 "part": table["part"].map(_PARTS.index).to_numpy(np.int8)} | ({"groups": groups} if (groups != "").any() else {})
+        np.savez(partial / "table.npz", **{name: values[readable] for name, values in known.items()}, digests=digests, sizes=sizes)
+        write_json(partial / "about.json", {"side": size, "kept": keep, "classes": list(labels.categories), "left_out": [*unreadable, *left_out]})
+
+
+def _usable(found: Pool | None, folder: Path) -> bool:
+    "Whether an entry is there, and with its pixels, if there is room for them."
+    return found is not None and not (isinstance(found.images.images, FilePixels) and _make_room(folder, found.images.images.nbytes))
 
 
 def read_pixels(
-    source: Source,
-    path: Path,                 # where the source lies
-    table: pd.DataFrame,        # name, label, part, group of the files to read
+    path: Path,                      # a folder, an archive or a table
+    list_files: Callable[[Source], tuple[pd.DataFrame, list]],  # what to read (name, categorical label, part, group), and (name, reason) of the rest
     *,
-    image_size: int | None,     # side; None for `common_size`
-    memory_limit: int,          # bytes; more pixels than that stay on disk
-) -> Pixels:
+    image_size: int | None = None,   # side; None for `common_size`
+    choice: str = "",                # what else the result of `list_files` depends on
+) -> Pool:                           # its pixels stay on disk
     "Decode a source, or take its pixels from the cache where the same contents were decoded before."
-    entry = cache_folder() / f"{path.name.partition('.')[0]}-{_cache_key(source, path, table, image_size)}"
-    with suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return _open_entry(entry, memory_limit)
-    names = table["name"].tolist()
-    size = image_size or common_size(source, names)
-    entry.parent.mkdir(parents=True, exist_ok=True)
-    needed = 3 * size * size * len(names)
-    if not _make_room(entry.parent, needed):
-        raise DataError(f"{path}: {needed / 2**30:.1f} GB of decoded pixels do not fit into {entry.parent}; "
-                        "free some space there, ask for a smaller image_size or fewer num_images, or let CVDL_HOME name a folder on a larger disk.")
-    partial = entry.with_name(f".{entry.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        with (partial / "pixels.bin").open("wb") as file:
-            kept, digests, sizes, left_out = _decode_into(file, source, names, size, path.name)
-        columns = {name: table[name].to_numpy(str)[kept] for name in _COLUMNS}
-        height, width = np.array(sizes, np.int32).reshape(-1, 2).T
-        np.savez(partial / "table.npz", **columns, digest=np.array(digests, np.uint64), height=height, width=width)
-        (partial / "about.json").write_text(json.dumps({"side": size, "left_out": left_out}), encoding="utf-8")
-        shutil.rmtree(entry, ignore_errors=True)
-        partial.rename(entry)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return _open_entry(entry, memory_limit)
+    with ExitStack() as stack:
+        source = None
+        if path.is_dir() or is_table(path):
+            source = stack.enter_context(open_source(path))
+            table, left_out = list_files(source)
+        entry = _entry(path, _hash_files(source, path, table, left_out) if source else _hash_file(path), f"{image_size} {choice}")
+        pool = _open_entry(entry, path)
+        if not _usable(pool, entry.parent):
+            if source is None:
+                source = stack.enter_context(open_source(path))
+                table, left_out = list_files(source)
+            size = image_size or common_size(source, table["name"])
+            _write_entry(entry, source, table, left_out, size, keep=_make_room(entry.parent, 3 * size * size * len(table)), title=path.name)
+            pool = _open_entry(entry, path)
+    if isinstance(pool.images.images, FilePixels):
+        print(f"{path.name}: {pool.images.images.nbytes / 2**30:.1f} GB of decoded pixels do not fit into {entry.parent}, so images are decoded "
+              "whenever they are read, which is slower; free some space there, ask for a smaller image_size or fewer num_images, "
+              "or let CVDL_HOME name a folder on a larger disk.")
+    return pool

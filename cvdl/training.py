@@ -232,7 +232,7 @@ def training_stream(
     batch_size = min(batch_size, len(images))
     steps = len(images) // batch_size
     read = pixel_reader(images)
-    targets = tf.one_hot(images.labels, num_classes)
+    labels, targets = tf.constant(images.labels), tf.eye(num_classes)  # a row for each class, not for each image
     if balance == "weights":          # a weighted target weighs the loss, and survives mixing with another image
         targets *= tf.constant(class_weights(images.labels, num_classes))
 
@@ -247,7 +247,7 @@ def training_stream(
 
         def batch(step, chosen):
             stream = tf.cast(tf.stack([seed + 1_000_003, epoch * steps + step]), tf.int32)
-            return augment_batch(read(chosen), tf.gather(targets, chosen), policy=policy, seed=stream,
+            return augment_batch(read(chosen), tf.gather(targets, tf.gather(labels, chosen)), policy=policy, seed=stream,
                                  epoch=tf.cast(epoch, tf.int32), indices=tf.cast(chosen, tf.int32))
 
         return batches.enumerate().map(batch, num_parallel_calls=2, deterministic=True)
@@ -263,9 +263,9 @@ def labeled_batches(
     batch_size: int = 250,
 ) -> tf.data.Dataset:                 # (uint8 pixels, float32 one-hot) in order, the last batch may be smaller
     "Images as they are, for validation."
-    read, targets = pixel_reader(images), tf.one_hot(images.labels, num_classes)
+    read, labels = pixel_reader(images), tf.constant(images.labels)
     rows = tf.data.Dataset.range(len(images)).batch(batch_size)
-    return rows.map(lambda chosen: (read(chosen), tf.gather(targets, chosen))).prefetch(2)
+    return rows.map(lambda chosen: (read(chosen), tf.one_hot(tf.gather(labels, chosen), num_classes))).prefetch(2)
 
 # %% ../nbs/04_training.ipynb #916d1603
 def save_state(path: Path, model: keras.Model, history: list[dict]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+
+from cvdl.shapes import draw_shapes
 
 CVDL = Path(sys.executable).with_name("cvdl")
 
@@ -135,3 +138,18 @@ def test_choices_are_those_of_the_modules():
 
     assert {each.value for each in ModelName} == {"baseline", *BACKBONES}
     assert {each.value for each in ExportFormat} == set(FORMATS)
+
+
+def test_too_many_bad_files_end_a_training_before_it_begins(tmp_path):
+    drawn = draw_shapes(40, size=16, seed=0)
+    for index, image in enumerate(drawn.images):
+        (tmp_path / "pets" / "ab"[index % 2]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(tmp_path / "pets" / "ab"[index % 2] / f"{index}.png")
+    for index in range(12):
+        (tmp_path / "pets" / "a" / f"bad {index}.png").write_bytes(b"no")
+    words = ["train", "--data", "pets", "--epochs", 1]
+    done = run(*words, cwd=tmp_path, code=1)
+    assert re.search(r"12 of 52 files cannot be used, more than the allowed 20%: .*not an image.*max_left_out", done.stderr)
+    assert not (tmp_path / "models").exists()
+    done = run(*words, "--max-left-out", 0.5, cwd=tmp_path)
+    assert "left out 12 of 52 files" in done.stdout and "validation images" in done.stdout

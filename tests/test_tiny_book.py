@@ -20,6 +20,9 @@ from build_site import number
 from common import RESULTS, appendices, chapters, listed
 from conftest import ENVIRONMENT, make
 from execution import LARGEST
+from PIL import Image
+
+from cvdl.shapes import draw_shapes
 
 CHAPTERS, APPENDICES = chapters(), appendices()
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -99,6 +102,7 @@ def test_killed_training_ends_with_the_same_metrics(tiny):
 
 @pytest.mark.parametrize("problem, expected", [
     ("no such name", "no-such-data"), ("empty folder", "empty"), ("one class", "one class"), ("one damaged file", "damaged"),
+    ("many damaged files", "max_left_out"),
 ])
 def test_data_that_cannot_be_used_is_one_sentence(tiny, tmp_path, problem, expected):
     folder = tmp_path / "photos"
@@ -109,6 +113,11 @@ def test_data_that_cannot_be_used_is_one_sentence(tiny, tmp_path, problem, expec
     else:
         (folder / "cat").mkdir(parents=True)
         (folder / "cat" / "a.png").write_bytes(b"not a picture")
+        if problem == "many damaged files":
+            (folder / "dog").mkdir()
+            for index, image in enumerate(draw_shapes(24, size=16, seed=0).images):
+                Image.fromarray(image).save(folder / ("cat", "dog")[index % 2] / f"{index}.png")
+                (folder / "dog" / f"bad {index}.png").write_bytes(b"not a picture")
     done = make(tiny, "chapters", f"DATA={folder}", "RUN=wrong", "PROFILE=tiny", code=2)
     said = done.stderr.splitlines()
     assert re.match(r"chapter 00_data, cell \d+ \(In \[\d+\]\): DataError: \S", said[0]) and len(said) == 3
