@@ -295,7 +295,7 @@ def collect(
     groups = {"model": model.variables}
     if model.compiled:
         groups |= {"optimizer": model.optimizer.variables, "metric": model.metrics_variables}
-    return {f"{name}_{i}": np.array(variable) for name, variables in groups.items() for i, variable in enumerate(variables)}
+    return {f"{name}_{i}": np.asarray(variable).copy() for name, variables in groups.items() for i, variable in enumerate(variables)}
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], *, compress: bool = False) -> None:
@@ -411,7 +411,7 @@ def save_weights(
             shutil.copyfile(run.folder / name, folder / name)
         write_json(folder / "run.json", {**run.summary, "float16": dict(metrics or {})})
     about = {"format": WEIGHTS_FORMAT, "architecture": model.to_json()}
-    arrays = {weight.path: compact(np.array(weight)) for weight in model.weights}
+    arrays = {weight.path: compact(np.asarray(weight)) for weight in model.weights}
     write_arrays(folder / "weights.npz", {"about": np.array(json.dumps(about)), **arrays}, compress=True)
     return folder / "weights.npz"
 
@@ -693,7 +693,7 @@ def fit(
         position = tf.Variable([done, state.step], dtype=tf.int64)
         stream, _ = training_stream(splits.train, splits.num_classes, policy=recipe.policy, batch_size=batch_size, seed=recipe.seed,
                                     balance=recipe.balance, position=position)
-        stream.cardinality = lambda: steps   # of a whole epoch; `Keeper` ends the one that was interrupted
+        stream.cardinality = lambda: tf.constant(steps, tf.int64)   # of a whole epoch; `Keeper` ends the one that was interrupted
         keeper = Keeper(folder, recipe, state, steps=steps, batch_size=batch_size, num_classes=splits.num_classes,
                         position=position, checkpoint_seconds=checkpoint_seconds, progress=progress)
         board = keras.callbacks.TensorBoard(folder / "tensorboard", write_graph=False)
