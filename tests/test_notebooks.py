@@ -14,7 +14,7 @@ from conftest import ROOT
 
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 CHAPTERS = [path for path in NOTEBOOKS if re.match(r"\d\d_", path.name)]
-APPENDICES = ["house", "shapes", "reading", "audit"]  # what chapter 00 builds on; any chapter may import them
+APPENDICES = ["house", "shapes", "reading", "audit", "schedules"]  # any chapter may import them
 BIN = Path(sys.executable).parent
 notebooks = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 chapters = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)

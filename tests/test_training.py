@@ -329,14 +329,14 @@ TWO = """
 import sys
 import tensorflow as tf
 tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2)
-import dataclasses
 import keras
+import numpy as np
 from cvdl.data import load
 from cvdl.training import Recipe, find_devices, resume, train
 
 class Stop(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
-        if int(self.model.optimizer.iterations) == 10:
+        if np.asarray(self.model.optimizer.iterations) == 10:
             raise KeyboardInterrupt
 
 assert find_devices("cpu") == ["cpu:0", "cpu:1"], find_devices("cpu")
