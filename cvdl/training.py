@@ -7,7 +7,7 @@ __all__ = ['DENSE_CONVOLUTIONS', 'BFLOAT16_UNITS', 'WEIGHTS_FORMAT', 'SCAFFOLDIN
            'dtype_policy', 'faster_precision', 'compute_precision', 'build_model', 'float32_twin', 'finalize',
            'pixel_reader', 'training_stream', 'labeled_batches', 'State', 'collect', 'write_arrays', 'save_state',
            'read_arrays', 'restore_state', 'Run', 'runs', 'compact', 'save_weights', 'load_weights', 'load', 'diverged',
-           'best_epoch', 'epoch_line', 'progress_bar', 'Keeper', 'loss_of', 'compile_model', 'train_head',
+           'best_epoch', 'epoch_line', 'progress_bar', 'Saver', 'Keeper', 'loss_of', 'compile_model', 'train_head',
            'prepare_backbone', 'fit', 'restore_run', 'restore_runs', 'train', 'resume', 'plot_history']
 
 # %% ../nbs/04_training.ipynb #36a3d574
@@ -474,18 +474,67 @@ def progress_bar(recipe: Recipe, state: State, *, steps: int, batch_size: int, s
                disable=not show or lines, leave=False, mininterval=0.5)
     return bar, lines
 
+# %% ../nbs/04_training.ipynb #6fa00032
+class Saver(keras.callbacks.Callback):
+    "Keeps the best weights and the last good state of a training on disk, and stops one that diverges."
+
+    def __init__(self, folder: Path, recipe: Recipe, state: State, *, steps: int, num_classes: int, bar: tqdm, lines: bool):
+        super().__init__()
+        self.folder, self.recipe, self.state, self.steps, self.num_classes = folder, recipe, state, steps, num_classes
+        self.bar, self.lines = bar, lines
+        self.best = None                  # the best weights, until they are on disk
+        self.kept = "of the start"        # which state is on disk
+
+    def check(self, loss: float, before: int) -> None:
+        "Stop when the loss is no number or, as a mean over at least fifty steps or an epoch, far worse than a guess."
+        early = self.state.step < min(50, self.steps) or len(self.state.history) * self.steps + self.state.step < 50
+        if math.isfinite(loss) and (early or not diverged(loss, self.num_classes)):
+            return
+        self.bar.close()
+        step = f"steps {before + 1} to {self.state.step}" if self.state.step > before + 1 else f"step {self.state.step}"
+        raise FloatingPointError(
+            f"{self.recipe.model}: the loss is {loss:.3g} in epoch {len(self.state.history) + 1}, {step} of {self.steps} "
+            f"(learning rate {float(self.model.optimizer.learning_rate):.2g}). The state {self.kept} is kept; go on from it with "
+            f"cvdl train --resume {self.folder} --learning-rate {self.recipe.learning_rate / 4:.1g}, or lengthen warmup_epochs and train anew"
+        )
+
+    def save(self) -> None:
+        "Best weights first, then the checkpoint that counts on them; on a full disk both stay as they were."
+        state = self.state
+        arrays = collect(self.model)
+        self.saved = time.monotonic()
+        if not all(np.isfinite(value).all() for value in arrays.values()):
+            return                        # the loss of the next step will say so
+        about = {"history": state.history, "step": state.step, "seconds": state.seconds}
+        try:
+            if self.best is not None:
+                write_arrays(self.folder / "best.npz", {**self.best, "about": np.array(json.dumps({}))})
+                self.best = None
+            write_arrays(self.folder / "checkpoint.npz", {**arrays, "about": np.array(json.dumps(about))})
+            pd.DataFrame(state.history).to_csv(self.folder / "history.csv", index=False)
+            self.kept = f"of epoch {len(state.history) + 1}, step {state.step}"
+        except OSError as error:
+            self.say(f"no checkpoint: {error.strerror or error}; the state {self.kept} stays on disk, training goes on")
+
+    def say(self, line: str) -> None:
+        "A line for training.log and, where no bar moves, for standard error."
+        if self.lines or "no checkpoint" in line:
+            tqdm.write(f"{self.recipe.model}  {line}", file=sys.stderr)
+        try:
+            with (self.folder / "training.log").open("a") as log:
+                print(f"{self.recipe.model}  {line}", file=log)
+        except OSError:
+            pass                          # a full disk has been told of already
+
 # %% ../nbs/04_training.ipynb #6fa00030
-class Keeper(keras.callbacks.Callback):
-    "History, best weights, checkpoints, progress, early stopping; stops a training that diverges."
+class Keeper(Saver):
+    "History, progress, early stopping, and when to save."
 
     def __init__(self, folder: Path, recipe: Recipe, state: State, *, steps: int, batch_size: int, num_classes: int,
                  position: tf.Variable, checkpoint_seconds: float, progress: bool):
-        super().__init__()
-        self.folder, self.recipe, self.state, self.position = folder, recipe, state, position
-        self.steps, self.batch_size, self.num_classes, self.every = steps, batch_size, num_classes, checkpoint_seconds
-        self.best = None                  # the best weights, until they are on disk
-        self.kept = "of the start"        # which state is on disk
-        self.bar, self.lines = progress_bar(recipe, state, steps=steps, batch_size=batch_size, show=progress)
+        bar, lines = progress_bar(recipe, state, steps=steps, batch_size=batch_size, show=progress)
+        super().__init__(folder, recipe, state, steps=steps, num_classes=num_classes, bar=bar, lines=lines)
+        self.batch_size, self.position, self.every = batch_size, position, checkpoint_seconds
 
     def on_train_begin(self, logs=None):
         self.metrics, self.first = self.state.metrics, self.state.step
@@ -535,47 +584,6 @@ class Keeper(keras.callbacks.Callback):
 
     def on_train_end(self, logs=None):
         self.bar.close()
-
-    def check(self, loss: float, before: int) -> None:
-        "Stop when the loss is no number or, as a mean over at least fifty steps or an epoch, far worse than a guess."
-        early = self.state.step < min(50, self.steps) or len(self.state.history) * self.steps + self.state.step < 50
-        if math.isfinite(loss) and (early or not diverged(loss, self.num_classes)):
-            return
-        self.bar.close()
-        step = f"steps {before + 1} to {self.state.step}" if self.state.step > before + 1 else f"step {self.state.step}"
-        raise FloatingPointError(
-            f"{self.recipe.model}: the loss is {loss:.3g} in epoch {len(self.state.history) + 1}, {step} of {self.steps} "
-            f"(learning rate {float(self.model.optimizer.learning_rate):.2g}). The state {self.kept} is kept; go on from it with "
-            f"cvdl train --resume {self.folder} --learning-rate {self.recipe.learning_rate / 4:.1g}, or lengthen warmup_epochs and train anew"
-        )
-
-    def save(self) -> None:
-        "Best weights first, then the checkpoint that counts on them; on a full disk both stay as they were."
-        state = self.state
-        arrays = collect(self.model)
-        self.saved = time.monotonic()
-        if not all(np.isfinite(value).all() for value in arrays.values()):
-            return                        # the loss of the next step will say so
-        about = {"history": state.history, "step": state.step, "seconds": state.seconds}
-        try:
-            if self.best is not None:
-                write_arrays(self.folder / "best.npz", {**self.best, "about": np.array(json.dumps({}))})
-                self.best = None
-            write_arrays(self.folder / "checkpoint.npz", {**arrays, "about": np.array(json.dumps(about))})
-            pd.DataFrame(state.history).to_csv(self.folder / "history.csv", index=False)
-            self.kept = f"of epoch {len(state.history) + 1}, step {state.step}"
-        except OSError as error:
-            self.say(f"no checkpoint: {error.strerror or error}; the state {self.kept} stays on disk, training goes on")
-
-    def say(self, line: str) -> None:
-        "A line for training.log and, where no bar moves, for standard error."
-        if self.lines or "no checkpoint" in line:
-            tqdm.write(f"{self.recipe.model}  {line}", file=sys.stderr)
-        try:
-            with (self.folder / "training.log").open("a") as log:
-                print(f"{self.recipe.model}  {line}", file=log)
-        except OSError:
-            pass                          # a full disk has been told of already
 
 # %% ../nbs/04_training.ipynb #b6131998
 def loss_of(recipe: Recipe) -> keras.losses.Loss:
@@ -778,36 +786,7 @@ def restore_runs(
         raise DataError(f"{source}: no weights of `save_weights` are here")
     return {each.name: restore_run(each, Path(folder) / each.name) for each in found}
 
-# %% ../nbs/04_training.ipynb #a4fb2fab
-def train(
-    recipe: Recipe,
-    splits: Splits,
-    folder: str | os.PathLike,        # usually models_folder(run) / name; made if it is not there
-    *,
-    progress: bool = True,            # show a bar or, where there is no terminal, a line an epoch
-    callbacks: tuple[keras.callbacks.Callback, ...] = (),   # of your own, called in the main phase
-    device: str = "auto",             # see `find_devices`
-    checkpoint_seconds: float = 60.0, # between two checkpoints
-    source: Mapping | None = None,    # arguments of `cvdl.data.load`, so that `resume` finds the images again
-    committed: str | os.PathLike | None = None,   # a folder of `save_weights`, taken when it fits
-    retrain: bool = False,            # train even where committed weights fit, or were taken before
-) -> Run:
-    "Train the model of a recipe, or go on with it, or open it when it is finished."
-    folder = Path(folder)
-    finished = (folder / "model.keras").exists() and _made_by(folder, recipe, splits.fingerprint)
-    if finished and not (retrain and "restored" in read_json(folder / "run.json")):
-        return Run.open(folder)
-    if finished:
-        _set_aside(folder)
-    elif committed is not None and not retrain and (Path(committed) / "weights.npz").exists():
-        if _made_by(Path(committed), recipe, splits.fingerprint):
-            print(f"{folder.name}: the weights of {committed}, made by this recipe from these images, are taken; retrain=True trains")
-            return restore_run(committed, folder)
-        print(f"{folder.name}: {committed} holds the weights of another recipe or of other images; training")
-    _claim(folder, recipe, splits.fingerprint, source)
-    return _train(recipe, splits, folder, progress=progress, callbacks=callbacks, devices=find_devices(device), checkpoint_seconds=checkpoint_seconds)
-
-
+# %% ../nbs/04_training.ipynb #6fa00052
 def _train(recipe: Recipe, splits: Splits, folder: Path, *, progress: bool, devices: list[str], **options) -> Run:
     "All phases, in a folder that is ours."
     keras.utils.set_random_seed(recipe.seed)
@@ -840,6 +819,36 @@ def _finish(model, recipe: Recipe, splits: Splits, folder: Path, history: list[d
         "provenance": provenance(splits, seed=recipe.seed),
     })
     return _finish_model(float32_twin(model), folder)
+
+# %% ../nbs/04_training.ipynb #a4fb2fab
+def train(
+    recipe: Recipe,
+    splits: Splits,
+    folder: str | os.PathLike,        # usually models_folder(run) / name; made if it is not there
+    *,
+    progress: bool = True,            # show a bar or, where there is no terminal, a line an epoch
+    callbacks: tuple[keras.callbacks.Callback, ...] = (),   # of your own, called in the main phase
+    device: str = "auto",             # see `find_devices`
+    checkpoint_seconds: float = 60.0, # between two checkpoints
+    source: Mapping | None = None,    # arguments of `cvdl.data.load`, so that `resume` finds the images again
+    committed: str | os.PathLike | None = None,   # a folder of `save_weights`, taken when it fits
+    retrain: bool = False,            # train even where committed weights fit, or were taken before
+) -> Run:
+    "Train the model of a recipe, or go on with it, or open it when it is finished."
+    folder = Path(folder)
+    finished = (folder / "model.keras").exists() and _made_by(folder, recipe, splits.fingerprint)
+    if finished and not (retrain and "restored" in read_json(folder / "run.json")):
+        return Run.open(folder)
+    if finished:
+        _set_aside(folder)
+    elif committed is not None and not retrain and (Path(committed) / "weights.npz").exists():
+        where = "/".join(Path(committed).parts[-2:])
+        if _made_by(Path(committed), recipe, splits.fingerprint):
+            print(f"{folder.name}: the weights in {where}, made by this recipe from these images, are taken; retrain=True trains")
+            return restore_run(committed, folder)
+        print(f"{folder.name}: {where} holds the weights of another recipe or of other images; training")
+    _claim(folder, recipe, splits.fingerprint, source)
+    return _train(recipe, splits, folder, progress=progress, callbacks=callbacks, devices=find_devices(device), checkpoint_seconds=checkpoint_seconds)
 
 # %% ../nbs/04_training.ipynb #6fa00051
 def _images_of(folder: Path, fingerprint: str) -> Splits:
@@ -900,6 +909,6 @@ def plot_history(
     axes[0].set(title=run.name)
     axes[1].legend(fontsize="small")
     axes[2].plot(history["epoch"], history["learning_rate"], marker=".", color="tab:green")
-    axes[2].set(xlabel="epoch", ylabel="learning rate", ylim=(0, None))
+    axes[2].set(xlabel="epoch", ylabel="learning rate", ylim=(0, None), xlim=(0.5, len(history) + 0.5))
     axes[2].xaxis.get_major_locator().set_params(integer=True)
     return axes

@@ -196,6 +196,22 @@ def test_a_diverged_training_keeps_the_good_state_and_goes_on_with_a_lower_rate(
     assert run.summary["learning_rate_changes"] == [{"epoch": 2, "step": 3, "from": 0.05, "to": 0.01}]
 
 
+def test_a_state_that_the_last_step_ruined_is_not_saved(splits, tmp_path, monkeypatch):
+    "The loss of a step is computed before its update: weights can be ruined while the loss still looks well."
+    on_train_batch_end = training.Keeper.on_train_batch_end
+
+    def ruined(self, batch, logs=None):
+        if int(self.model.optimizer.iterations) == 3:
+            self.model.layers[-2].kernel.assign(np.full(self.model.layers[-2].kernel.shape, np.inf))
+        on_train_batch_end(self, batch, logs)
+
+    monkeypatch.setattr(training.Keeper, "on_train_batch_end", ruined)
+    with pytest.raises(FloatingPointError, match=r"step 4 of 7 .*The state of epoch 1, step 2 is kept"):
+        train(SMALL, splits, tmp_path / "run", progress=False, checkpoint_seconds=0)
+    about, arrays = training.read_arrays(tmp_path / "run" / "checkpoint.npz", "a checkpoint")
+    assert about["step"] == 2 and all(np.isfinite(value).all() for value in arrays.values())
+
+
 @pytest.mark.parametrize("loss, classes, expected", [
     (float("nan"), 10, True), (float("inf"), 2, True), (2.3, 10, False), (6.0, 10, False), (9.5, 10, True), (4.0, 2, False), (8.0, 1000, False)])
 def test_diverged(loss, classes, expected):
