@@ -113,9 +113,30 @@ def audit(
         print(f"{row.count:8,} of {row.of:>7,} {row.share:8.2%}  {row.finding}")
     print(f"{splits.name}: {sum(map(len, splits.parts.values())):,} images of {splits.num_classes} classes, {len(splits.left_out)} files left out; see {output}/")
 
+# %% ../nbs/cli.ipynb #c11e0001
+def _tell(run) -> None:
+    "One line about a finished run."
+    summary = run.summary
+    print(f"{run.folder}: {summary['validation_accuracy']:.2%} of {summary['validation_images']} validation images "
+          f"(epoch {summary['best_epoch']} of {summary['epochs']}, {summary['seconds'] / 60:.1f} minutes)")
+
+
+def _resume(context: typer.Context, folder: Path, **options) -> None:
+    "Go on with an interrupted training; every choice is in its folder."
+    from cvdl.data import DataError
+
+    given = [name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"]
+    if other := sorted(set(given) - {"resume", *options}):
+        raise DataError(f"--{other[0].replace('_', '-')}: --resume takes it from {folder}/recipe.json; leave the option out, or train anew without --resume")
+    _start_tensorflow()
+    from cvdl.training import resume
+
+    _tell(resume(folder, **options))
+
 # %% ../nbs/cli.ipynb #2fff8ad2
 @app.command()
 def train(
+    context: typer.Context,
     model: Annotated[ModelName, typer.Option(help="The network to train.")] = ModelName.baseline,
     data: Annotated[str, typer.Option(help="shapes, cifar10, fashion_mnist, a folder or archive of class folders, or a table path,label.")] = "shapes",
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 10,
@@ -129,8 +150,14 @@ def train(
     max_left_out: Annotated[float, typer.Option(min=0, max=1, help="A larger share of files that cannot be used is an error.")] = 0.2,
     seed: int = 0,
     run: Annotated[str | None, typer.Option(help="Name of the run's folder under models/; default the data set's name.")] = None,
+    resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with the interrupted training in this folder, e.g. models/shapes/baseline.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, gpu, gpu:0, or several with commas, which then share each batch.")] = "auto",
+    checkpoint_seconds: Annotated[float, typer.Option(min=0, help="Seconds between checkpoints; there is one after each epoch anyway.")] = 60.0,
 ):
     "Train a model and leave it in models/RUN/MODEL. The same command again resumes an interrupted training."
+    options = {"device": device, "checkpoint_seconds": checkpoint_seconds}
+    if resume is not None:
+        return _resume(context, resume, learning_rate=learning_rate, **options)
     from cvdl.data import DataError, load, models_folder
 
     transferred = model is not ModelName.baseline
@@ -149,10 +176,11 @@ def train(
     )
     folder = models_folder(run or splits.name)
     splits.save(folder / "splits")
-    finished = train_model(recipe, splits, folder / model.value)
-    summary = finished.summary
-    print(f"{finished.folder}: {summary['validation_accuracy']:.2%} of {summary['validation_images']} validation images "
-          f"(epoch {summary['best_epoch']} of {summary['epochs']}, {summary['seconds'] / 60:.1f} minutes)")
+    here = data not in ("shapes", "cifar10", "fashion_mnist") and Path(data).expanduser().exists()
+    source = {"name_or_path": str(Path(data).expanduser().resolve()) if here else data,
+              "image_size": image_size, "num_images": num_images, "seed": seed,
+              "max_left_out": max_left_out}
+    _tell(train_model(recipe, splits, folder / model.value, source=source, **options))
 
 # %% ../nbs/cli.ipynb #ea58dad5
 def _splits_of(model: Path, data: str | None):

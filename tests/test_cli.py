@@ -52,6 +52,19 @@ def test_another_recipe_moves_the_old_run_aside(folder):
     assert list((folder / "models/aside/replaced").glob("baseline-*/model.keras"))
 
 
+def test_resume_opens_a_finished_run_and_refuses_other_choices(folder):
+    assert "validation images" in run("train", "--resume", "models/tiny/baseline", cwd=folder).stdout
+    done = run("train", "--resume", "models/tiny/baseline", "--epochs", 9, cwd=folder, code=1)
+    assert done.stderr.startswith("cvdl: --epochs: --resume takes it from models/tiny/baseline/recipe.json")
+
+
+def test_a_diverged_training_goes_on_with_a_lower_rate(folder):
+    words = ["--num-images", 300, "--epochs", 1, "--run", "diverged", "--learning-rate", "1e30"]
+    done = run("train", *words, cwd=folder, code=1)
+    assert "the loss is" in done.stderr and "cvdl train --resume" in done.stderr
+    assert "validation images" in run("train", "--resume", "models/diverged/baseline", "--learning-rate", 0.01, cwd=folder).stdout
+
+
 def test_evaluate_with_gradcam(folder):
     done = run("evaluate", "--model", "models/tiny/baseline", "--gradcam", "--output", "out", cwd=folder)
     metrics = json.loads((folder / "out/metrics.json").read_text())
@@ -114,6 +127,8 @@ def test_audit_finds_what_was_planted(tmp_path):
     (["audit", "--data", "no-such-data"], "no-such-data"),
     (["train", "--data", "shapes", "--num-images", "5"], ""),
     (["train", "--model", "baseline", "--freeze-base"], "no pretrained base"),
+    (["train", "--num-images", "300", "--device", "gpu:9"], "device: expected auto, cpu, gpu"),
+    (["train", "--resume", "nowhere"], "no training was begun here"),
     (["evaluate", "--model", "nowhere"], "nowhere"),
     (["evaluate", "--model", "text.keras"], "text.keras"),
     (["export", "--model", "models/tiny/baseline", "--format", "onnx", "--quantize"], "--quantize"),

@@ -16,7 +16,7 @@ from conftest import ROOT
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 CHAPTERS = [path for path in NOTEBOOKS if re.match(r"\d\d_", path.name)]
 APPENDICES = [path for path in NOTEBOOKS if path not in CHAPTERS]
-FOUNDATIONS = ["house", "shapes", "reading", "audit"]  # the appendices that chapter 00 builds on; any chapter may import them
+FOUNDATIONS = ["house", "shapes", "reading", "audit", "schedules"]  # the appendices that chapters build on; any chapter may import them
 BIN = Path(sys.executable).parent
 notebooks = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 chapters = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)

@@ -1,0 +1,540 @@
+"Training as a process that is killed, as a disk that is full, as weights that travel."
+
+import dataclasses
+import errno
+import importlib.util
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ROOT
+
+from cvdl import training
+from cvdl.augmentation import Policy
+from cvdl.data import DataError, load
+from cvdl.training import Recipe, Run, resume, train
+
+matplotlib.use("agg")
+CVDL = Path(sys.executable).with_name("cvdl")
+SMALL = Recipe(epochs=3, batch_size=32, filters=(4, 8), learning_rate=0.05, precision="float32", policy=dataclasses.replace(Policy.light(), mixup=0.2))
+
+
+@pytest.fixture(scope="module")
+def splits():
+    return load("shapes", num_images=300, image_size=16)
+
+
+@pytest.fixture(scope="module")
+def straight(splits, tmp_path_factory):
+    "A run without interruption."
+    return train(SMALL, splits, tmp_path_factory.mktemp("straight") / "baseline", progress=False)
+
+
+class StopAt(keras.callbacks.Callback):
+    "Interrupts behind a step, counted over all epochs."
+
+    def __init__(self, step):
+        super().__init__()
+        self.step = step
+
+    def on_train_batch_end(self, batch, logs=None):
+        if int(self.model.optimizer.iterations) >= self.step:
+            raise KeyboardInterrupt
+
+
+def interrupt(recipe, splits, folder, step, **options):
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, splits, folder, progress=False, callbacks=(StopAt(step),), checkpoint_seconds=0, **options)
+    assert not (folder / "model.keras").exists()
+
+
+def differences(one: Run, other: Run) -> float:
+    pairs = zip(one.model().get_weights(), other.model().get_weights(), strict=True)
+    return max(float(np.abs(a - b).max()) for a, b in pairs)
+
+
+# -- killed ------------------------------------------------------------------------------------------------------------
+
+CHILD = """
+import dataclasses, os, signal, sys
+import keras
+from cvdl.augmentation import Policy
+from cvdl.data import load
+from cvdl.training import Recipe, resume, train
+
+class Kill(keras.callbacks.Callback):
+    def on_train_batch_end(self, batch, logs=None):
+        if int(self.model.optimizer.iterations) == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+folder, step, begin = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "begin"
+options = dict(progress=False, callbacks=(Kill(),), checkpoint_seconds=float(sys.argv[4]))
+recipe = Recipe(epochs=4, batch_size=24, filters=(4, 8), dropout=0.2, learning_rate=0.03, precision="float32",
+                policy=dataclasses.replace(Policy.light(), mixup=0.2))
+source = {"name_or_path": "shapes", "num_images": 300, "image_size": 16}
+run = train(recipe, load(**source), folder, source=source, **options) if begin else resume(folder, **options)
+"""
+
+
+def child(folder, step, how="resume", *, threads, code=0, seconds=0.0):
+    "Train in a process that kills itself behind a step; -1 for never."
+    environment = {**os.environ, "TF_NUM_INTRAOP_THREADS": str(threads), "TF_NUM_INTEROP_THREADS": str(threads), "TF_CPP_MIN_LOG_LEVEL": "3"}
+    words = [CVDL, "train", "--resume", folder] if how == "cli" else [sys.executable, "-c", CHILD, folder, str(step), how, str(seconds)]
+    done = subprocess.run([str(word) for word in words], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == code, done.stderr[-3000:]
+    return done
+
+
+@pytest.mark.parametrize("threads, kills, tolerance", [(1, 3, 0.0), (2, 1, 1e-3)])
+def test_kill_at_random_steps_changes_nothing(tmp_path, threads, kills, tolerance):
+    steps = sorted(random.Random(2024).sample(range(2, 40), kills))  # of 4 epochs with 10 steps each
+    child(tmp_path / "straight", -1, "begin", threads=threads)
+    for number, step in enumerate(steps):
+        # The second checkpoint is old when the kill comes: what came behind it is done again.
+        child(tmp_path / "killed", step, "resume" if number else "begin", threads=threads, code=-signal.SIGKILL, seconds=0.3 if number == 1 else 0.0)
+        assert not (tmp_path / "killed" / "model.keras").exists()
+    child(tmp_path / "killed", -1, "cli", threads=threads)
+    one, other = Run.open(tmp_path / "straight"), Run.open(tmp_path / "killed")
+    assert differences(one, other) <= tolerance
+    measured = ["loss", "accuracy", "val_loss", "val_accuracy", "learning_rate"]
+    pd.testing.assert_frame_equal(one.history[measured], other.history[measured], rtol=tolerance, atol=tolerance, check_exact=not tolerance)
+
+
+def test_checkpoint_holds_dropout_optimizer_and_metrics(splits, tmp_path):
+    interrupt(dataclasses.replace(SMALL, dropout=0.3), splits, tmp_path / "a", 5)
+    about, arrays = training.read_arrays(tmp_path / "a" / "checkpoint.npz", "a checkpoint")
+    model, _ = training.build_model(dataclasses.replace(SMALL, dropout=0.3), splits.image_shape, 10)
+    seeds = [i for i, variable in enumerate(model.variables) if "seed" in variable.path]
+    assert about["step"] == 5 and seeds and all(f"model_{i}" in arrays for i in seeds)
+    assert any((arrays[f"model_{i}"] != np.asarray(model.variables[i])).any() for i in seeds), "dropout has drawn"
+    assert arrays["optimizer_0"] == 5 and arrays["metric_1"] == 5 * 32
+
+
+@pytest.mark.parametrize("steps_per_execution, stop", [(1, 11), (3, 12), (5, 15)])
+def test_several_steps_at_once_and_resuming_among_them(splits, straight, tmp_path, steps_per_execution, stop):
+    "7 steps an epoch: 3 and 5 do not divide them, and no epoch may borrow steps of the next."
+    recipe = dataclasses.replace(SMALL, steps_per_execution=steps_per_execution)
+    assert len(splits.train) // 32 == 7
+    interrupt(recipe, splits, tmp_path / "run", stop)
+    assert training.read_arrays(tmp_path / "run" / "checkpoint.npz", "")[0]["step"] > 0, "in the middle of an epoch"
+    resumed = resume_with(splits, recipe, tmp_path / "run")
+    assert differences(straight, resumed) < 1e-3
+    np.testing.assert_allclose(straight.history["loss"], resumed.history["loss"], rtol=1e-3)
+
+
+def resume_with(splits, recipe, folder, **options) -> Run:
+    return train(recipe, splits, folder, progress=False, **options)
+
+
+def test_the_stream_starts_at_any_step(splits):
+    options = dict(policy=Policy.light(), batch_size=32, seed=1)
+    whole = [np.asarray(pixels) for pixels, _ in training.training_stream(splits.train, 10, epochs=2, **options)[0]]
+    rest = [np.asarray(pixels) for pixels, _ in training.training_stream(splits.train, 10, first_epoch=0, first_step=4, epochs=2, **options)[0]]
+    assert len(whole) == 14 and len(rest) == 10
+    assert all(np.array_equal(a, b) for a, b in zip(whole[4:], rest, strict=True))
+
+
+def test_resume_refuses_changed_images(tmp_path):
+    folder = shutil.copytree(drawn_folder(tmp_path / "drawn"), tmp_path / "photos")
+    source = {"name_or_path": str(folder), "image_size": 16}
+    interrupt(dataclasses.replace(SMALL, batch_size=8), load(**source), tmp_path / "models" / "baseline", 3, source=source)
+    spoiled = next(folder.rglob("*.png"))
+    spoiled.unlink()
+    with pytest.raises(DataError, match=r"images of .*photos have changed since this training began .*bring them back"):
+        resume(tmp_path / "models" / "baseline")
+    shutil.copy(next((tmp_path / "drawn").rglob(spoiled.name)), spoiled)
+    assert resume(tmp_path / "models" / "baseline", progress=False).history["epoch"].tolist() == [1, 2, 3]
+
+
+def drawn_folder(folder: Path) -> Path:
+    from PIL import Image
+
+    generator = np.random.default_rng(0)
+    for label in ["blue", "red"]:
+        (folder / label).mkdir(parents=True)
+        for i in range(30):
+            pixels = generator.integers(0, 255, (16, 16, 3), np.uint8) // (1 if label == "blue" else 4)
+            Image.fromarray(pixels).save(folder / label / f"{label}{i:02}.png")
+    return folder
+
+
+def test_resume_wants_a_run(tmp_path):
+    with pytest.raises(DataError, match="no training was begun here"):
+        resume(tmp_path)
+
+
+# -- diverging, stopping, a full disk ----------------------------------------------------------------------------------
+
+
+class Explode(keras.callbacks.Callback):
+    "Ruins the weights in the middle of the second epoch."
+
+    def on_train_batch_end(self, batch, logs=None):
+        if int(self.model.optimizer.iterations) == 10:
+            self.model.layers[-2].kernel.assign(np.full(self.model.layers[-2].kernel.shape, np.nan))
+
+
+def test_a_diverged_training_keeps_the_good_state_and_goes_on_with_a_lower_rate(splits, tmp_path):
+    folder = tmp_path / "models" / "baseline"
+    splits.save(tmp_path / "models" / "splits")
+    with pytest.raises(FloatingPointError, match=r"loss is nan in epoch 2, step 4 of 7 \(learning rate .*state of epoch 2, step 3 is kept.*--learning-rate 0\.01"):
+        train(SMALL, splits, folder, progress=False, callbacks=(Explode(),), checkpoint_seconds=0)
+    for name in ["checkpoint.npz", "best.npz"]:
+        assert all(np.isfinite(value).all() for value in training.read_arrays(folder / name, "")[1].values())
+    run = resume(folder, learning_rate=0.01, progress=False)
+    assert run.recipe.learning_rate == 0.01 and np.isfinite(run.history["loss"]).all()
+    assert run.summary["learning_rate_changes"] == [{"epoch": 2, "step": 3, "from": 0.05, "to": 0.01}]
+
+
+def test_a_state_that_the_last_step_ruined_is_not_saved(splits, tmp_path, monkeypatch):
+    "The loss of a step is computed before its update: weights can be ruined while the loss still looks well."
+    on_train_batch_end = training.Keeper.on_train_batch_end
+
+    def ruined(self, batch, logs=None):
+        if int(self.model.optimizer.iterations) == 3:
+            self.model.layers[-2].kernel.assign(np.full(self.model.layers[-2].kernel.shape, np.inf))
+        on_train_batch_end(self, batch, logs)
+
+    monkeypatch.setattr(training.Keeper, "on_train_batch_end", ruined)
+    with pytest.raises(FloatingPointError, match=r"step 4 of 7 .*The state of epoch 1, step 2 is kept"):
+        train(SMALL, splits, tmp_path / "run", progress=False, checkpoint_seconds=0)
+    about, arrays = training.read_arrays(tmp_path / "run" / "checkpoint.npz", "a checkpoint")
+    assert about["step"] == 2 and all(np.isfinite(value).all() for value in arrays.values())
+
+
+@pytest.mark.parametrize("loss, classes, expected", [
+    (float("nan"), 10, True), (float("inf"), 2, True), (2.3, 10, False), (6.0, 10, False), (9.5, 10, True), (4.0, 2, False), (8.0, 1000, False)])
+def test_diverged(loss, classes, expected):
+    assert training.diverged(loss, classes) is expected
+
+
+def test_a_loss_far_above_a_guess_stops_too(splits, tmp_path):
+    recipe = dataclasses.replace(SMALL, epochs=30, learning_rate=300.0, warmup_epochs=0.0, weight_decay=0.0, patience=30)
+    with pytest.raises(FloatingPointError, match="the loss is"):
+        train(recipe, splits, tmp_path / "run", progress=False)
+
+
+def test_early_stopping_restores_the_best(splits, tmp_path):
+    "The weights of the run are those of its best epoch, also when training was interrupted while it waited."
+    kept = {}
+
+    class Spy(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            kept[epoch + 1] = [np.asarray(weight).copy() for weight in self.model.weights]
+
+    recipe = dataclasses.replace(SMALL, epochs=40, patience=2, learning_rate=1e-5)  # nothing is learned, so patience runs out
+    run = train(recipe, splits, tmp_path / "run", progress=False, callbacks=(Spy(),))
+    best = run.summary["best_epoch"]
+    assert len(run.history) == best + 2 < 40
+    assert all(np.array_equal(a, b) for a, b in zip(kept[best], run.model().get_weights(), strict=True))
+    interrupt(recipe, splits, tmp_path / "cut", 7 * (best + 1) + 3)
+    assert len(resume_with(splits, recipe, tmp_path / "cut").history) == best + 2
+
+
+@pytest.mark.parametrize("until", [20, 10**9])
+def test_a_full_disk_costs_checkpoints_but_no_training(splits, straight, tmp_path, monkeypatch, capsys, until):
+    "Writing fails half way, for a while or to the end of the main phase; each state on disk stays whole."
+    folder, calls, savez = tmp_path / "run", [], np.savez
+
+    def full(file, **arrays):
+        calls.append(file.name)
+        if 4 < len(calls) < until:
+            file.write(b"half of it")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        savez(file, **arrays)
+        if len(calls) == 4:
+            shutil.copytree(folder, tmp_path / "before", ignore=shutil.ignore_patterns("*.partial"))
+
+    class Look(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            for name in ["checkpoint.npz", "best.npz"] if len(calls) > 12 else []:
+                assert (tmp_path / "run" / name).exists() is (tmp_path / "before" / name).exists() or until == 20
+            training.read_arrays(folder / "checkpoint.npz", "a checkpoint")
+            assert not (folder / "checkpoint.partial").exists()
+
+    monkeypatch.setattr(np, "savez", full)
+    run = train(SMALL, splits, folder, progress=False, callbacks=(Look(),), checkpoint_seconds=0)
+    assert "no checkpoint: No space left on device; the state of epoch 1, step 3 stays on disk" in capsys.readouterr().err
+    assert "No space left" in (folder / "training.log").read_text()
+    assert len(calls) > 10 and differences(run, straight) < 1e-3
+
+
+def test_no_room_for_the_finished_model_is_one_sentence(splits, tmp_path, monkeypatch):
+    def full(self, path, **options):
+        Path(path).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"No space left on device.*resume when there is room"):
+        patch.setattr(keras.Model, "save", full)
+        train(SMALL, splits, tmp_path / "run", progress=False)
+    assert not list((tmp_path / "run").glob("*.keras"))
+    assert len(resume_with(splits, SMALL, tmp_path / "run").history) == 3
+
+
+def test_a_damaged_checkpoint_is_named(splits, tmp_path):
+    interrupt(SMALL, splits, tmp_path / "run", 3)
+    file = tmp_path / "run" / "checkpoint.npz"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(DataError, match=r"checkpoint\.npz: cannot be read as a saved state"):
+        resume_with(splits, SMALL, tmp_path / "run")
+
+
+# -- watching ----------------------------------------------------------------------------------------------------------
+
+
+def test_logs_table_and_curves(straight):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.util import tensor_util
+
+    for part, column in [("train", "loss"), ("validation", "val_loss")]:
+        events = EventAccumulator(str(straight.folder / "tensorboard" / part))
+        events.Reload()
+        values = [float(tensor_util.make_ndarray(each.tensor_proto)) for each in events.Tensors("epoch_loss")]
+        np.testing.assert_allclose(values, straight.history[column], rtol=1e-5)
+    assert {"epoch", "loss", "accuracy", "val_loss", "val_accuracy", "learning_rate", "seconds", "images_per_second"} <= set(straight.history)
+    assert len((straight.folder / "training.log").read_text().splitlines()) == 3
+    axes = training.plot_history(straight)
+    assert [ax.get_ylabel() for ax in axes] == ["loss", "accuracy", "learning rate"]
+    assert axes[0].get_shared_x_axes().joined(axes[0], axes[2]) and axes[0].get_position().y0 > axes[1].get_position().y0 > axes[2].get_position().y0
+
+
+def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(splits, tmp_path, monkeypatch, capsys):
+    recipe = dataclasses.replace(SMALL, epochs=2)
+    train(recipe, splits, tmp_path / "lines")
+    lines = [line for line in capsys.readouterr().err.splitlines() if "epoch " in line]
+    assert [line.split("  ")[1] for line in lines] == ["epoch 1/2", "epoch 2/2"] and all("images/s" in line for line in lines)
+    monkeypatch.setattr(type(sys.stderr), "isatty", lambda self: True, raising=False)
+    train(recipe, splits, tmp_path / "bar")
+    shown = capsys.readouterr().err
+    assert "baseline 2/2:" in shown and "loss " in shown and "accuracy " in shown and "images/s" in shown and "<" in shown
+
+
+# -- machines ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags, gpu, dense, expected", [
+    (["amx_bf16"], False, True, "mixed_bfloat16"), (["amx_bf16"], False, False, "float32"), ([], False, True, "float32"),
+    (["avx2"], False, True, "float32"), ([], True, True, "mixed_bfloat16"), ([], True, False, "mixed_bfloat16")])
+def test_precision_is_a_rule(flags, gpu, dense, expected):
+    assert training.faster_precision(flags, gpu=gpu, dense=dense) == expected
+
+
+def test_the_run_says_how_it_was_computed(straight):
+    assert straight.summary["precision"] == "float32" and straight.summary["devices"] == training.find_devices()
+    assert straight.summary["classes"][:2] == ["disc", "ring"] and straight.summary["image_shape"] == [16, 16, 3]
+
+
+def test_device_is_checked():
+    assert training.find_devices("cpu") == ["cpu:0"]
+    for wrong in ["gpu:7", "tpu", "", "cpu:0,cpu:0"]:
+        with pytest.raises(ValueError, match=r"device: expected auto, cpu, gpu or some of cpu:0.*got"):
+            training.find_devices(wrong)
+
+
+TWO = """
+import sys
+import tensorflow as tf
+tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2)
+import keras
+import numpy as np
+from cvdl.data import load
+from cvdl.training import Recipe, find_devices, resume, train
+
+class Stop(keras.callbacks.Callback):
+    def on_train_batch_end(self, batch, logs=None):
+        if np.asarray(self.model.optimizer.iterations) == 10:
+            raise KeyboardInterrupt
+
+assert find_devices("cpu") == ["cpu:0", "cpu:1"], find_devices("cpu")
+source = {"name_or_path": "shapes", "num_images": 300, "image_size": 16}
+recipe = Recipe(epochs=2, batch_size=32, filters=(4, 8), learning_rate=0.05, precision="float32", dropout=0.1)
+try:
+    train(recipe, load(**source), sys.argv[1], device="cpu", source=source, progress=False, callbacks=(Stop(),), checkpoint_seconds=0)
+except KeyboardInterrupt:
+    run = resume(sys.argv[1], device="cpu", progress=False)
+print(run.summary["devices"], run.history["epoch"].tolist())
+train(recipe, load(**source), sys.argv[1] + "-one", device="cpu:1", progress=False)
+"""
+
+
+def test_several_devices_share_each_batch(splits, tmp_path):
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    done = subprocess.run([sys.executable, "-c", TWO, tmp_path / "two"], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == "['cpu:0', 'cpu:1'] [1, 2]"
+    two, one = Run.open(tmp_path / "two"), Run.open(tmp_path / "two-one")
+    assert two.recipe.batch_size == 32 and one.summary["devices"] == ["cpu:1"]
+    np.testing.assert_allclose(two.history["loss"], one.history["loss"], rtol=0.05)  # BatchNorm sees half a batch, dropout draws twice
+
+
+BACKEND = """
+import sys
+import keras
+import numpy as np
+from cvdl.baseline import baseline_cnn
+from cvdl.schedules import WarmupCosine, WeightedCrossentropy
+
+keras.utils.set_random_seed(0)
+model = baseline_cnn((16, 16, 3), 4, filters=(8, 16))
+model.compile(keras.optimizers.SGD(WarmupCosine(0.05, 5, 40), momentum=0.9, nesterov=True), WeightedCrossentropy(0.1), metrics=["accuracy"])
+images = np.random.default_rng(0).integers(0, 256, (32, 16, 16, 3)).astype("float32")
+targets = np.eye(4, dtype="float32")[np.arange(32) % 4]
+losses = [float(model.train_on_batch(images, targets)[0]) for _ in range(30)]
+assert np.isfinite(losses).all() and losses[-1] < 0.8 * losses[0], losses
+assert "tensorflow" not in sys.modules
+print(keras.backend.backend())
+"""
+
+
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_models_losses_and_schedules_train_without_tensorflow(backend):
+    if importlib.util.find_spec(backend) is None:
+        pytest.skip(f"{backend} is not installed")
+    environment = {**os.environ, "KERAS_BACKEND": backend, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", BACKEND], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout == f"{backend}\n", done.stderr[-3000:]
+
+
+def test_schedules_import_no_tensorflow():
+    "Holds the same on any machine: TensorFlow cannot be imported while these modules are."
+    code = "import sys; sys.modules['tensorflow'] = None; import ast, inspect, pathlib\n" + "".join(
+        f"tree = ast.parse(pathlib.Path({str(ROOT / 'cvdl' / name)!r}).read_text())\n"
+        "assert not [n for n in ast.walk(tree) if 'tensorflow' in ast.dump(n) and isinstance(n, (ast.Import, ast.ImportFrom))]\n"
+        for name in ["schedules.py", "baseline.py", "transfer.py"])
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+# -- weights that travel -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def committed(straight, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("results") / "weights"
+    training.save_weights(straight, folder / "baseline", metrics={"accuracy": 0.5})
+    return folder
+
+
+def test_float16_weights_are_small_and_load_with_one_call(straight, committed, splits):
+    model, stored = straight.model(), np.load(committed / "baseline" / "weights.npz")
+    for weight in model.weights:
+        kind = np.float16 if len(weight.shape) > 1 else np.float32
+        assert stored[weight.path].dtype == kind, weight.path
+    loaded = training.load(committed / "baseline")
+    assert {layer.compute_dtype for layer in loaded.layers} == {"float32"} and training.load(committed / "baseline" / "weights.npz") is not None
+    for a, b in zip(model.get_weights(), loaded.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2**-11, atol=2**-24)
+    images = splits.test.images
+    assert np.abs(model.predict(images, verbose=0) - loaded.predict(images, verbose=0)).max() < 0.01
+    about = json.loads((committed / "baseline" / "run.json").read_text())
+    assert about["float16"] == {"accuracy": 0.5} and about["classes"] and about["provenance"]["data"]["fingerprint"] == splits.fingerprint
+
+
+@pytest.mark.parametrize("model", ["mobilenetv2", "efficientnet", "efficientnet-lite0", "resnet50"])
+def test_float16_weights_of_backbones(model, tmp_path):
+    "Normalization constants, ImageNet variances and renamed layers survive."
+    recipe = Recipe(model=model, input_size=32, pretrained=False)
+    network, _ = training.build_model(recipe, (32, 32, 3), 3)
+    file = training.save_weights(network, tmp_path / model)
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3)).astype("float32")
+    loaded = training.load(tmp_path / model)
+    assert file.stat().st_size < 2.2 * network.count_params()
+    np.testing.assert_allclose(network.predict(images, verbose=0), loaded.predict(images, verbose=0), atol=0.02)
+
+
+def spoil(kind: str, file: Path) -> None:
+    content = file.read_bytes()
+    if kind == "truncated":
+        file.write_bytes(content[: len(content) // 2])
+    elif kind == "flipped":
+        file.write_bytes(content[:2000] + bytes([content[2000] ^ 0xFF]) + content[2001:])
+    elif kind == "text":
+        file.write_text("these are no weights")
+    elif kind == "empty":
+        file.write_bytes(b"")
+    elif kind == "foreign":
+        np.savez(file, kernel=np.zeros((3, 3)))
+    else:
+        arrays = dict(np.load(file))
+        name = next(name for name in arrays if name.endswith("logits/kernel"))
+        arrays |= {name: arrays.pop(name)[:, :3]} if kind == "shape" else {"more": arrays.pop(name)}
+        np.savez(file, **arrays)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "flipped", "text", "empty", "foreign", "shape", "names"])
+def test_a_wrong_weight_file_is_one_clear_error(committed, tmp_path, kind):
+    folder = shutil.copytree(committed / "baseline", tmp_path / "baseline")
+    spoil(kind, folder / "weights.npz")
+    with pytest.raises(DataError, match=r"weights\.npz: (cannot be read as weights|(logits/kernel|more): the network expects)") as caught:
+        training.load(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_runs_are_restored_without_training(straight, committed, splits, tmp_path, capsys, monkeypatch):
+    run = training.restore_runs(committed, tmp_path / "models")["baseline"]
+    assert list(training.runs(tmp_path / "models")) == ["baseline"] and run.recipe == SMALL and run.summary["restored"]
+    pd.testing.assert_frame_equal(run.history, straight.history)
+    monkeypatch.setattr(training, "fit", None)  # whoever trains, fails
+    capsys.readouterr()
+    taken = train(SMALL, splits, tmp_path / "fresh" / "baseline", committed=committed / "baseline")
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "are taken; retrain=True trains" in said and differences(taken, run) == 0.0
+    assert train(SMALL, splits, tmp_path / "fresh" / "baseline", committed=committed / "baseline").folder == taken.folder
+    with pytest.raises(DataError, match="no weights of"):
+        training.restore_runs(tmp_path / "models", tmp_path / "x")
+
+
+def test_other_recipes_images_and_retrain_do_train(committed, splits, tmp_path, capsys):
+    short = dataclasses.replace(SMALL, epochs=1)
+    other = train(short, splits, tmp_path / "baseline", committed=committed / "baseline", progress=False)
+    assert "another recipe or of other images; training" in capsys.readouterr().out and "restored" not in other.summary
+    taken = train(SMALL, splits, tmp_path / "again", committed=committed / "baseline")
+    assert "restored" in taken.summary
+    trained = train(SMALL, splits, tmp_path / "again", committed=committed / "baseline", retrain=True, progress=False)
+    assert "restored" not in trained.summary and list((tmp_path / "replaced").glob("again-*"))
+    stamp = (tmp_path / "again" / "model.keras").stat().st_mtime_ns
+    train(SMALL, splits, tmp_path / "again", committed=committed / "baseline", retrain=True, progress=False)
+    assert (tmp_path / "again" / "model.keras").stat().st_mtime_ns == stamp, "what was trained is not trained again"
+
+
+def test_a_recipe_that_gained_a_field_is_still_the_same(straight, splits, tmp_path):
+    folder = Path(shutil.copytree(straight.folder, tmp_path / "baseline"))
+    identity = json.loads((folder / "identity.json").read_text())
+    del identity["recipe"]["steps_per_execution"]
+    (folder / "identity.json").write_text(json.dumps(identity))
+    assert train(SMALL, splits, folder).folder == folder and not (tmp_path / "replaced").exists()
+
+
+# -- balance -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("balance", ["none", "weights", "sampling"])
+def test_balance_reaches_the_head(splits, balance, monkeypatch):
+    "Features that say nothing: the head then answers with the share that it thinks a class has."
+    keep = np.concatenate([np.flatnonzero(splits.train.labels == 0)[:20], np.flatnonzero(splits.train.labels == 1)[:5]])
+    few = dataclasses.replace(splits, train=splits.train.subset(np.tile(keep, 20)), classes=("disc", "ring"),
+                              validation=splits.validation.subset(np.flatnonzero(splits.validation.labels < 2)))
+    monkeypatch.setattr(training, "extract_features", lambda model, images, progress: np.zeros((len(images), 1280), np.float32))
+    recipe = Recipe(model="efficientnet-lite0", pretrained=False, input_size=32, head_epochs=20, head_learning_rate=0.05, dropout=0.0, balance=balance)
+    model, _ = training.build_model(recipe, splits.image_shape, 2)
+    training.train_head(model, few, recipe, progress=False)
+    bias = model.get_layer("logits").get_weights()[1]
+    share = 1 / (1 + np.exp(bias[0] - bias[1]))
+    assert share == pytest.approx(0.5 if balance != "none" else 0.9 * 0.2 + 0.05, abs=0.05)
+
+
+def test_smoothing_of_a_weighted_target_has_its_weight():
+    loss = training.loss_of(Recipe(balance="weights", label_smoothing=0.2))
+    guess = np.float32([[0.6, 0.3, 0.1]])
+    losses = [float(loss(np.float32([[0, weight, 0]]), guess)) for weight in (1, 4)]
+    assert losses[1] == pytest.approx(4 * losses[0], rel=1e-5)
+    assert losses[0] == pytest.approx(float(training.loss_of(Recipe(label_smoothing=0.2))(np.float32([[0, 1, 0]]), guess)), rel=1e-5)
