@@ -30,6 +30,7 @@ class ModelName(str, Enum):
     "What `cvdl train --model` accepts."
 
     baseline = "baseline"
+    fast_cnn = "fast-cnn"
     mobilenetv2 = "mobilenetv2"
     efficientnet = "efficientnet"
     efficientnet_lite0 = "efficientnet-lite0"
@@ -140,8 +141,8 @@ def train(
     model: Annotated[ModelName, typer.Option(help="The network to train.")] = ModelName.baseline,
     data: Annotated[str, typer.Option(help="shapes, cifar10, fashion_mnist, a folder or archive of class folders, or a table path,label.")] = "shapes",
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 10,
-    batch_size: Annotated[int, typer.Option(min=1)] = 64,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak; default 0.1 for the baseline, 0.0003 for the others.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images a step; default 500 for fast-cnn, 64 for the others.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak; default 0.1 for baseline, 0.15 for fast-cnn, 0.0003 for the others.")] = None,
     freeze_base: Annotated[bool, typer.Option("--freeze-base", help="Train only the head of a transferred model.")] = False,
     unfreeze_layers: Annotated[int | None, typer.Option(min=0, help="Fine-tune this many convolutions from the top; default all.")] = None,
     input_size: Annotated[int, typer.Option(min=32, help="Pixels a side that a transferred backbone sees.")] = 96,
@@ -160,20 +161,17 @@ def train(
         return _resume(context, resume, learning_rate=learning_rate, **options)
     from cvdl.data import DataError, load, models_folder
 
-    transferred = model is not ModelName.baseline
+    transferred = model not in (ModelName.baseline, ModelName.fast_cnn)
     if not transferred and (freeze_base or unfreeze_layers is not None):
-        raise DataError("--freeze-base, --unfreeze-layers: the baseline has no pretrained base; choose another --model or leave them out")
+        raise DataError(f"--freeze-base, --unfreeze-layers: {model.value} has no pretrained base; choose another --model or leave them out")
     splits = load(data, image_size=image_size, num_images=num_images, seed=seed, max_left_out=max_left_out)
     _start_tensorflow()
-    from cvdl.training import Recipe
+    from cvdl.training import starting_recipe
     from cvdl.training import train as train_model
 
-    recipe = Recipe(
-        model=model.value, batch_size=batch_size, input_size=input_size, seed=seed, unfreeze_layers=unfreeze_layers,
-        epochs=0 if freeze_base else epochs, head_epochs=(epochs if freeze_base else 5) if transferred else 0,
-        optimizer="adam" if transferred else "sgd", learning_rate=learning_rate or (3e-4 if transferred else 0.1),
-        weight_decay=0.0 if transferred else 5e-3,
-    )
+    given = {"batch_size": batch_size, "learning_rate": learning_rate, "head_epochs": epochs if freeze_base else None}
+    recipe = starting_recipe(model.value, epochs=0 if freeze_base else epochs, input_size=input_size, seed=seed, unfreeze_layers=unfreeze_layers,
+                             **{name: value for name, value in given.items() if value is not None})
     folder = models_folder(run or splits.name)
     splits.save(folder / "splits")
     here = data not in ("shapes", "cifar10", "fashion_mnist") and Path(data).expanduser().exists()

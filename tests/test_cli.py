@@ -147,11 +147,12 @@ def test_a_wrong_choice_is_a_usage_error(words, tmp_path):
 
 
 def test_choices_are_those_of_the_modules():
+    from cvdl.baseline import FROM_SCRATCH
     from cvdl.cli import ExportFormat, ModelName
     from cvdl.export import FORMATS
     from cvdl.transfer import BACKBONES
 
-    assert {each.value for each in ModelName} == {"baseline", *BACKBONES}
+    assert {each.value for each in ModelName} == {*FROM_SCRATCH, *BACKBONES}
     assert {each.value for each in ExportFormat} == set(FORMATS)
 
 
