@@ -59,7 +59,7 @@ help:
 	@echo 'make chapters    the same without the site'
 	@echo 'make site        render the committed CIFAR-10 run, or RUN=name, without training'
 	@echo 'make test        lint, lesson cells, pipeline and site'
-	@echo 'make bench       speed and size of the exported models of a run; speed of augmentation;'
+	@echo 'make bench       speed and size of the exported models of a run; speed of loading, augmentation and training'
 	@echo '                 time to load data, memory of a training on many images'
 	@echo 'make export      notebooks to modules (nbdev), after an edit'
 	@echo 'make lock        requirements.in to requirements.txt'
@@ -124,6 +124,7 @@ bench: $(VENV)/.ready
 	@$(python) tools/bench.py $(RUN)
 	@$(python) tools/bench_augmentation.py
 	@$(python) tools/bench_data.py
+	@$(python) tools/bench_training.py speed
 
 serve-site:
 	@cd _build/html && $(CURDIR)/$(python) -m http.server $(PORT)

@@ -381,16 +381,18 @@ BACKEND = """
 import sys
 import keras
 import numpy as np
-from cvdl.baseline import baseline_cnn
-from cvdl.schedules import WarmupCosine, WeightedCrossentropy
+from cvdl.baseline import baseline_cnn, fast_cnn, whiten
+from cvdl.schedules import Muon, WarmupCosine, WarmupLinear, WeightedCrossentropy
 
 keras.utils.set_random_seed(0)
-model = baseline_cnn((16, 16, 3), 4, filters=(8, 16))
-model.compile(keras.optimizers.SGD(WarmupCosine(0.05, 5, 40), momentum=0.9, nesterov=True), WeightedCrossentropy(0.1), metrics=["accuracy"])
 images = np.random.default_rng(0).integers(0, 256, (32, 16, 16, 3)).astype("float32")
 targets = np.eye(4, dtype="float32")[np.arange(32) % 4]
-losses = [float(model.train_on_batch(images, targets)[0]) for _ in range(30)]
-assert np.isfinite(losses).all() and losses[-1] < 0.8 * losses[0], losses
+plain = baseline_cnn((16, 16, 3), 4, filters=(8, 16)), keras.optimizers.SGD(WarmupCosine(0.05, 5, 40), momentum=0.9, nesterov=True)
+fast = whiten(fast_cnn((16, 16, 3), 4, filters=(8, 16)), images), Muon(WarmupLinear(0.1, 0, 40), momentum=0.6, ns_steps=3, rms_rate=None)
+for model, optimizer in (plain, fast):
+    model.compile(optimizer, WeightedCrossentropy(0.1), metrics=["accuracy"])
+    losses = [float(model.train_on_batch(images, targets)[0]) for _ in range(30)]
+    assert np.isfinite(losses).all() and losses[-1] < 0.8 * losses[0], losses
 assert "tensorflow" not in sys.modules
 print(keras.backend.backend())
 """

@@ -1,0 +1,123 @@
+"How fast networks train, and how long one takes to its accuracy: `python tools/bench_training.py [speed | accuracy [seeds [epochs]]]`."
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import dataclasses
+import statistics
+import sys
+import time
+
+import keras
+import numpy as np
+import pandas as pd
+from bench_augmentation import interleaved, ratios
+from common import RESULTS, Problem, main
+
+from cvdl.baseline import whiten
+from cvdl.data import Images, Splits, load, provenance, write_json
+from cvdl.evaluation import augmented_predictor, keras_predictor, wilson_interval
+from cvdl.shapes import draw_shapes
+from cvdl.training import Recipe, build_model, compile_model, compute_precision, float32_twin, starting_recipe, training_stream
+
+CLASSES = 10
+PRECISIONS = ("mixed_bfloat16", "float32")
+
+
+# -- images a second --------------------------------------------------------------------------------------------------
+
+
+def trainer(
+    recipe: Recipe,
+    images: Images,
+):                     # a function that trains a few steps and returns images a second
+    "A model in training, its stream included, that can be asked for a few more steps at any time."
+    keras.utils.set_random_seed(recipe.seed)
+    model, _ = build_model(recipe, images.images.shape[1:], CLASSES, precision=recipe.precision)
+    stream, steps = training_stream(images, CLASSES, policy=recipe.policy, batch_size=recipe.batch_size, seed=recipe.seed, epochs=10**6)
+    compile_model(model, recipe, steps=steps)
+    batches = iter(stream)
+
+    def measure(_):
+        started = time.perf_counter()
+        for _ in range(steps):
+            model.train_on_batch(*next(batches))
+        return steps * recipe.batch_size / (time.perf_counter() - started)
+
+    return measure
+
+
+def speed(
+    repeats: int = 5,
+    *,
+    images: int = 2000,
+    models: tuple[str, ...] = ("fast-cnn", "baseline"),
+    size: int = 32,
+) -> pd.DataFrame:  # images/s of each model in both precisions, medians, and the ratio of the two
+    "Training of each network on drawn images, in turn in both precisions."
+    drawn, rows = draw_shapes(images, size=size, seed=0), []
+    for model in models:
+        recipe = starting_recipe(model, epochs=1)
+        recipe = dataclasses.replace(recipe, batch_size=min(recipe.batch_size, images // 4))
+        rates = interleaved({name: trainer(dataclasses.replace(recipe, precision=name), drawn) for name in PRECISIONS}, repeats=repeats)
+        rows.append({"model": model, "batch": recipe.batch_size, **{name: statistics.median(values) for name, values in rates.items()},
+                     **ratios(*(rates[name] for name in PRECISIONS)), "chosen": compute_precision(recipe)})
+    return pd.DataFrame(rows)
+
+
+# -- seconds to an accuracy -------------------------------------------------------------------------------------------
+
+
+def merged(*parts: Images) -> Images:
+    "All images of several parts, as one."
+    return Images(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("images", "labels", "ids")))
+
+
+def one_training(splits: Splits, train: Images, recipe: Recipe) -> dict:
+    "Train on all of `train`, then ask for the test images; the clock runs during training, compilation included."
+    keras.utils.set_random_seed(recipe.seed)
+    precision = compute_precision(recipe)
+    model, _ = build_model(recipe, splits.image_shape, splits.num_classes, precision=precision)
+    if recipe.model == "fast-cnn":
+        whiten(model, train.images[:5000])
+    stream, steps = training_stream(train, splits.num_classes, policy=recipe.policy, batch_size=recipe.batch_size, seed=recipe.seed, epochs=recipe.epochs)
+    compile_model(model, recipe, steps=steps)
+    tell = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: print(
+        f"  seed {recipe.seed}, epoch {epoch + 1}/{recipe.epochs}: loss {logs['loss']:.3f}, {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True))
+    started = time.perf_counter()
+    model.fit(stream, steps_per_epoch=steps, epochs=recipe.epochs, shuffle=False, verbose=0, callbacks=[tell])
+    seconds = time.perf_counter() - started
+    predictor = keras_predictor(float32_twin(model))
+    views = {"plain": predictor, "six_views": augmented_predictor(predictor, shift=1)}
+    hits = {name: int((each(splits.test.images).argmax(axis=1) == splits.test.labels).sum()) for name, each in views.items()}
+    return {"seed": recipe.seed, "seconds": seconds, "images_per_second": steps * recipe.batch_size * recipe.epochs / seconds, "precision": precision,
+            "parameters": model.count_params(), **{name: value / len(splits.test) for name, value in hits.items()},
+            **{f"{name}_interval": wilson_interval(value, len(splits.test)) for name, value in hits.items()}}
+
+
+def accuracy(seeds: int = 3, epochs: int = 8) -> pd.DataFrame:
+    "fast-cnn on the 50 000 training images of CIFAR-10, judged by the 10 000 test images; results/cifar10/time_to_accuracy.json keeps it."
+    splits = load("cifar10")
+    train, rows = merged(splits.train, splits.validation), []
+    for seed in range(seeds):
+        recipe = starting_recipe("fast-cnn", epochs=epochs, seed=seed)
+        rows.append(one_training(splits, train, recipe))
+        write_json(RESULTS / "cifar10" / "time_to_accuracy.json", {
+            "recipe": recipe.to_dict(), "training_images": len(train), "test_images": len(splits.test), "trainings": rows,
+            "mean": {name: float(np.mean([row[name] for row in rows])) for name in ("seconds", "plain", "six_views")},
+            "spread": {name: float(np.std([row[name] for row in rows])) for name in ("seconds", "plain", "six_views")},
+            "provenance": provenance(splits, seed=seed)})
+    return pd.DataFrame(rows)[["seed", "seconds", "images_per_second", "plain", "six_views"]]
+
+
+def bench(what: str = "speed", *numbers: str) -> None:
+    "Measure one of the two and print a table."
+    measures = {"speed": speed, "accuracy": accuracy}
+    if what not in measures or not all(number.isdecimal() for number in numbers):
+        raise Problem(f"bench_training.py {' '.join([what, *numbers])}: expected {' or '.join(measures)}, then whole numbers.")
+    print(measures[what](*map(int, numbers)).round(4).to_string(index=False))
+
+
+if __name__ == "__main__":
+    main(bench)
