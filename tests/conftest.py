@@ -43,16 +43,10 @@ def clone(
     return folder
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    "Whoever needs the tiny book waits for one worker, which starts at once; lesson cells go anywhere, other files stay together."
-    def group(item) -> str:
-        return "tiny" if "tiny" in item.fixturenames else item.path.stem
-
-    for item in items:
-        if not item.name.startswith("test_lesson_cells_pass"):
-            item.add_marker(pytest.mark.xdist_group(group(item)))
-    items.sort(key=lambda item: group(item) != "tiny")
+    "The longest files first: a file goes to one worker, and nobody should wait for the last."
+    longest = ["test_tiny_book", "test_fashion_mnist", "test_training", "test_notebooks"]
+    items.sort(key=lambda item: longest.index(item.path.stem) if item.path.stem in longest else len(longest))
 
 
 @pytest.fixture(scope="session")
