@@ -21,7 +21,6 @@ from common import RESULTS, appendices, chapters, listed
 from conftest import ENVIRONMENT, make
 from execution import LARGEST
 from PIL import Image
-from PIL import Image
 
 from cvdl.shapes import draw_shapes
 
