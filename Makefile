@@ -60,7 +60,7 @@ help:
 	@echo 'make site        render the committed CIFAR-10 run, or RUN=name, without training'
 	@echo 'make test        lint, lesson cells, pipeline and site'
 	@echo 'make bench       speed and size of the exported models of a run; speed of loading, augmentation and training'
-	@echo '                 time to load data, memory of a training on many images'
+	@echo '                 and the memory of a training on many images'
 	@echo 'make export      notebooks to modules (nbdev), after an edit'
 	@echo 'make lock        requirements.in to requirements.txt'
 	@echo 'make clean       remove the site and the files of RUN (never results/cifar10)'

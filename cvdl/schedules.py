@@ -25,8 +25,11 @@ class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
         step = keras.ops.cast(step, "float32")
         warmup = (step + 1.0) / max(self.warmup_steps, 1)
         progress = (step - self.warmup_steps) / (self.total_steps - self.warmup_steps)
-        cosine = 0.5 * (1.0 + keras.ops.cos(math.pi * keras.ops.clip(progress, 0.0, 1.0)))
-        return self.peak * keras.ops.where(step < self.warmup_steps, warmup, cosine)
+        return self.peak * keras.ops.where(step < self.warmup_steps, warmup, self.decay(keras.ops.clip(progress, 0.0, 1.0)))
+
+    def decay(self, progress):
+        "From 1 at progress 0 to 0 at progress 1."
+        return 0.5 * (1.0 + keras.ops.cos(math.pi * progress))
 
     def get_config(self) -> dict:
         return {"peak": self.peak, "warmup_steps": self.warmup_steps, "total_steps": self.total_steps}
@@ -36,11 +39,8 @@ class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
 class WarmupLinear(WarmupCosine):
     "Linear warm-up to `peak`, then a straight line down to zero."
 
-    def __call__(self, step):
-        step = keras.ops.cast(step, "float32")
-        warmup = (step + 1.0) / max(self.warmup_steps, 1)
-        progress = (step - self.warmup_steps) / (self.total_steps - self.warmup_steps)
-        return self.peak * keras.ops.where(step < self.warmup_steps, warmup, 1.0 - keras.ops.clip(progress, 0.0, 1.0))
+    def decay(self, progress):
+        return 1.0 - progress
 
 # %% ../nbs/schedules.ipynb #894c7131
 def plateau_learning_rate(
