@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'DENSE_CONVOLUTIONS', 'BFLOAT16_UNITS', 'WEIGHTS_FORMAT', 'SCAFFOLDING', 'Recipe', 'starting_recipe',
            'find_devices', 'strategy_for', 'dtype_policy', 'faster_precision', 'compute_precision', 'build_model',
-           'float32_twin', 'finalize', 'pixel_reader', 'training_stream', 'labeled_batches', 'State', 'collect',
-           'write_arrays', 'save_state', 'read_arrays', 'restore_state', 'Run', 'runs', 'compact', 'save_weights',
-           'load_weights', 'load', 'diverged', 'best_epoch', 'epoch_line', 'progress_bar', 'Saver', 'Keeper', 'loss_of',
-           'compile_model', 'train_head', 'prepare_backbone', 'fit', 'restore_run', 'restore_runs', 'train', 'resume',
+           'with_input', 'float32_twin', 'finalize', 'pixel_reader', 'training_stream', 'labeled_batches', 'State',
+           'collect', 'write_arrays', 'save_state', 'read_arrays', 'restore_state', 'Run', 'runs', 'compact',
+           'save_weights', 'load_weights', 'load', 'diverged', 'best_epoch', 'epoch_line', 'progress_bar', 'Saver',
+           'Keeper', 'loss_of', 'compile_model', 'train_head', 'prepare_backbone', 'fit', 'learning_rate_range',
+           'steepest_rate', 'plot_learning_rate_range', 'restore_run', 'restore_runs', 'train', 'resume',
            'plot_history']
 
 # %% ../nbs/04_training.ipynb #36a3d574
@@ -36,11 +37,13 @@ from .augmentation import Policy, augment_batch
 from .baseline import FROM_SCRATCH, whiten
 from .data import DataError, Images, LazyPixels, Splits, balanced_rows, class_weights, hardware, provenance, read_json, write_json
 from .data import load as load_images
-from .schedules import Muon, WarmupCosine, WarmupLinear, WeightedCrossentropy, plateau_learning_rate
+from .schedules import LayerwiseAdam, Muon, WarmupCosine, WarmupLinear, WeightedCrossentropy, plateau_learning_rate
 from cvdl.transfer import (
     BACKBONES,
     extract_features,
     freeze_backbone,
+    keep_frozen,
+    layer_factors,
     recalibrate_batch_norm,
     transfer_model,
     unfreeze_top,
@@ -70,6 +73,10 @@ class Recipe:
     filters: tuple[int, ...] = (32, 64, 128, 256)   # blocks of a network from scratch
     input_size: int = 96                  # pixels a side that a backbone sees
     unfreeze_layers: int | None = None    # phase 2: convolutions from the top; None: all
+    blocks_per_epoch: int = 0             # phase 2: so many more blocks train each epoch; 0: all from the start
+    layer_decay: float = 1.0              # phase 2, with Adam: learning rate of a block relative to the block above it
+    small_scale: float = 1.0              # from scratch: side of the images of the first epochs, as a fraction; 1: full size throughout
+    small_share: float = 0.5              # share of the epochs with small images
     pretrained: bool = True               # a backbone starts from ImageNet weights
     patience: int = 10                    # epochs without a better validation accuracy before stopping
     policy: Policy = field(default_factory=Policy.light)
@@ -89,13 +96,28 @@ class Recipe:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        for name, least in [("epochs", 0), ("head_epochs", 0), ("batch_size", 1), ("patience", 1), ("steps_per_execution", 1)]:
+        lowest = {"epochs": 0, "head_epochs": 0, "batch_size": 1, "patience": 1, "steps_per_execution": 1, "blocks_per_epoch": 0}
+        for name, least in lowest.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: expected {least} or more, got {getattr(self, name)}")
         if self.learning_rate <= 0:
             raise ValueError(f"learning_rate: expected a positive number, got {self.learning_rate}")
+        for name in ("layer_decay", "small_scale", "small_share"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected a number above 0, at most 1, got {getattr(self, name)}")
+        if self.small_scale < 1 and self.model in BACKBONES:
+            raise ValueError(f"small_scale: {self.model} resizes its images itself; leave small_scale at 1, or lower input_size")
+        if self.layer_decay < 1 and (self.optimizer != "adam" or self.model not in BACKBONES):
+            raise ValueError(f"layer_decay: is for a backbone trained with adam, not for {self.model} with {self.optimizer}; leave it at 1")
+        if self.blocks_per_epoch and self.model not in BACKBONES:
+            raise ValueError(f"blocks_per_epoch: {self.model} is no backbone, all of it trains from the start; leave it at 0")
         if self.epochs + self.head_epochs == 0:
             raise ValueError("epochs: expected at least one epoch of the head or of the main phase, got none")
+
+    @property
+    def small_epochs(self) -> int:
+        "How many epochs, at the start, see small images."
+        return round(self.small_share * self.epochs) if self.small_scale < 1 else 0
 
     @classmethod
     def from_dict(cls, values: Mapping) -> "Recipe":
@@ -113,7 +135,7 @@ class Recipe:
 _TRANSFERRED = {"head_epochs": 5, "optimizer": "adam", "learning_rate": 3e-4, "weight_decay": 0.0, "batch_size": 64}
 _STARTS = {
     "baseline": {"learning_rate": 0.1, "weight_decay": 5e-3, "batch_size": 64},
-    "fast-cnn": {"filters": (64, 256, 256), "optimizer": "muon", "schedule": "linear", "learning_rate": 0.15, "warmup_epochs": 0.0,
+    "fast-cnn": {"epochs": 11, "small_scale": 0.75, "filters": (64, 256, 256), "optimizer": "muon", "schedule": "linear", "learning_rate": 0.15, "warmup_epochs": 0.0,
                  "batch_size": 500, "weight_decay": 0.0, "label_smoothing": 0.2, "dropout": 0.0,
                  "policy": dataclasses.replace(Policy.none(), alternating_flip=True, translate=0.0625)},
 }
@@ -198,7 +220,7 @@ def build_model(
     with dtype_policy(precision):
         if recipe.model in FROM_SCRATCH:
             model = FROM_SCRATCH[recipe.model](image_shape, num_classes, filters=recipe.filters, dropout=recipe.dropout)
-            return model, "random weights"
+            return with_input(model, (None, None, 3)) if recipe.small_scale < 1 else model, "random weights"
         model, report = transfer_model(
             recipe.model, image_shape, num_classes, input_size=recipe.input_size, dropout=recipe.dropout,
             pretrained=recipe.pretrained,
@@ -206,17 +228,27 @@ def build_model(
     return model, str(report)
 
 
-def float32_twin(
+def with_input(
     model: keras.Model,
-) -> keras.Model:                     # computes in float32, same weights
-    "The same network with the same weights, computing in float32."
+    image_shape: tuple[int | None, int | None, int],   # (H, W, 3); None: any size
+    **changes,                        # of the configuration of every layer
+) -> keras.Model:                     # same weights
+    "The same network for images of another size."
+    def again(layer):
+        return layer.__class__.from_config({**layer.get_config(), **changes})
 
-    def in_float32(layer):
-        return layer.__class__.from_config({**layer.get_config(), "dtype": "float32"})
-
-    twin = keras.models.clone_model(model, clone_function=in_float32)
+    pixels = keras.Input(image_shape, name=model.inputs[0].name)
+    twin = keras.models.clone_model(model, input_tensors=pixels, clone_function=again)
     twin.set_weights(model.get_weights())
     return finalize(twin)
+
+
+def float32_twin(
+    model: keras.Model,
+    image_shape: tuple[int, ...] | None = None,   # None: that of the model
+) -> keras.Model:                     # computes in float32, same weights
+    "The same network with the same weights, computing in float32."
+    return with_input(model, image_shape or model.input_shape[1:], dtype="float32")
 
 
 def finalize(model: keras.Model) -> keras.Model:   # the same model
@@ -253,12 +285,14 @@ def training_stream(
     first_step: int = 0,              # of the first epoch
     epochs: int = 1,                  # the stream ends before this epoch
     balance: str = "none",            # see `Recipe`
+    small: tuple[float, int] = (1.0, 0),   # scale of the images of the first epochs (16 pixels at least), and how many those are
     position: tf.Variable | None = None,   # (epoch, step): the stream is the rest of that epoch, looked up at each reading
 ) -> tuple[tf.data.Dataset, int]:     # batches (float32 pixels 0–255, float32 one-hot or mixed labels), steps an epoch
     "Shuffled, augmented batches, a pure function of seed, epoch and step. An incomplete last batch is left out."
     batch_size = min(batch_size, len(images))
     steps = len(images) // batch_size
     read = pixel_reader(images)
+    small_shape = [min(side, max(16, round(small[0] * side))) for side in images.images.shape[1:3]]
     labels, targets = tf.constant(images.labels), tf.eye(num_classes)  # a row for each class, not for each image
     if balance == "weights":          # a weighted target weighs the loss, and survives mixing with another image
         targets *= tf.constant(class_weights(images.labels, num_classes))
@@ -274,8 +308,11 @@ def training_stream(
 
         def batch(step, chosen):
             stream = tf.cast(tf.stack([seed + 1_000_003, epoch * steps + step]), tf.int32)
-            return augment_batch(read(chosen), tf.gather(targets, tf.gather(labels, chosen)), policy=policy, seed=stream,
-                                 epoch=tf.cast(epoch, tf.int32), indices=tf.cast(chosen, tf.int32))
+            pixels, wanted = augment_batch(read(chosen), tf.gather(targets, tf.gather(labels, chosen)), policy=policy, seed=stream,
+                                           epoch=tf.cast(epoch, tf.int32), indices=tf.cast(chosen, tf.int32))
+            if small[1]:
+                pixels = tf.cond(epoch < small[1], lambda: tf.image.resize(pixels, small_shape, antialias=True), lambda: pixels)
+            return pixels, wanted
 
         return batches.enumerate().skip(first).map(batch, num_parallel_calls=2, deterministic=True)
 
@@ -569,8 +606,17 @@ class Keeper(Saver):
         if self.recipe.schedule not in SCHEDULES:
             losses = [row["val_loss"] for row in self.state.history] if self.recipe.schedule == "plateau" else []
             self.model.optimizer.learning_rate = plateau_learning_rate(losses, self.recipe.learning_rate)
+        if self.recipe.blocks_per_epoch:
+            self.unfreeze((epoch + 1) * self.recipe.blocks_per_epoch)
         self.started = time.perf_counter() - self.state.seconds
         self.bar.set_description(f"{self.recipe.model} {epoch + 1}/{self.recipe.epochs}")
+
+    def unfreeze(self, num_blocks: int) -> None:
+        "Let the head and so many blocks train, and have Keras compile its step anew where that is a change."
+        before = len(self.model.trainable_variables)
+        keep_frozen(unfreeze_top(self.model, self.recipe.unfreeze_layers), num_blocks)
+        if len(self.model.trainable_variables) != before:
+            self.model.make_train_function(force=True)
 
     def on_train_batch_end(self, batch, logs=None):
         before, self.state.step = self.state.step, min(self.first + batch + 1, self.steps)
@@ -629,6 +675,8 @@ def compile_model(
         optimizer = keras.optimizers.SGD(rate, momentum=0.9, nesterov=True, weight_decay=decay)
     elif recipe.optimizer == "muon":       # Adam's share takes steps of a fifteenth; kernels keep their length, so only the rest could decay
         optimizer = Muon(rate, momentum=0.6, ns_steps=3, rms_rate=None, adam_lr_ratio=1 / 15, adam_beta_2=0.95, adam_weight_decay=decay)
+    elif recipe.layer_decay < 1:
+        optimizer = LayerwiseAdam(rate, factors=layer_factors(model, recipe.layer_decay), weight_decay=decay)
     else:
         optimizer = keras.optimizers.Adam(rate, weight_decay=decay)
     if decay:
@@ -644,24 +692,31 @@ def train_head(
     splits: Splits,
     recipe: Recipe,
     *,
+    folder: Path | None = None,       # keeps the features until the head is trained
     progress: bool = True,            # show progress bars
 ) -> dict:                            # validation accuracy, seconds
     "Phase 1: train the dense head on features that the frozen backbone computes once; changes `model`."
     started = time.perf_counter()
     freeze_backbone(model)
-    features = extract_features(model, splits.train.images, progress=progress)
-    validation = extract_features(model, splits.validation.images, progress=progress)
+    views = [False, True] if recipe.policy.horizontal_flip or recipe.policy.alternating_flip else [False]
+
+    def extract(part, mirror=False):
+        path = folder and folder / f"features_{part}{'_mirror' if mirror else ''}.npy"
+        return extract_features(model, splits.parts[part].images, mirror=mirror, path=path, progress=progress)
+
+    features = np.concatenate([extract("train", mirror) for mirror in views])
+    validation = extract("validation")
     inputs = keras.Input(features.shape[1:])
     x = keras.layers.Dropout(recipe.dropout, seed=recipe.seed)(inputs)
     head = keras.Model(inputs, keras.layers.Dense(splits.num_classes, activation="softmax")(x))
     head.compile(keras.optimizers.Adam(recipe.head_learning_rate), loss_of(recipe), metrics=["accuracy"], jit_compile=False)
 
     known, wanted = (keras.utils.to_categorical(split.labels, splits.num_classes) for split in (splits.train, splits.validation))
-    rows = np.arange(len(features))
+    known, rows = np.tile(known, (len(views), 1)), np.arange(len(features))
     if recipe.balance == "weights":
         known = known * class_weights(splits.train.labels, splits.num_classes)
     elif recipe.balance == "sampling":
-        rows = balanced_rows(splits.train.labels, seed=[recipe.seed, 0])
+        rows = balanced_rows(np.tile(splits.train.labels, len(views)), seed=[recipe.seed, 0])
     result = head.fit(
         features[rows], known[rows], validation_data=(validation, wanted),
         epochs=recipe.head_epochs, batch_size=recipe.batch_size, verbose=0,
@@ -673,7 +728,9 @@ def train_head(
         {"epoch": i + 1, **{name: float(values[i]) for name, values in result.history.items()}, **shared}
         for i in range(recipe.head_epochs)
     ]
-    return {"validation_accuracy": history[-1]["val_accuracy"], "seconds": seconds, "history": history}
+    for path in folder.glob("features_*.*") if folder else []:
+        path.unlink()
+    return {"validation_accuracy": history[-1]["val_accuracy"], "seconds": seconds, "views": len(views), "history": history}
 
 # %% ../nbs/04_training.ipynb #01fc81b6
 def prepare_backbone(
@@ -692,7 +749,7 @@ def prepare_backbone(
     else:
         if recalibrate:
             recalibrate_batch_norm(model, splits.train.images[:2048], progress=progress)
-        head = train_head(model, splits, recipe, progress=progress) if recipe.head_epochs else {}
+        head = train_head(model, splits, recipe, folder=folder, progress=progress) if recipe.head_epochs else {}
         write_json(folder / "head.json", head)
         save_state(folder / "head.npz", model, [])
     unfreeze_top(model, recipe.unfreeze_layers)
@@ -723,7 +780,7 @@ def fit(
     if done < recipe.epochs and not (done and done - best_epoch(state.history) >= recipe.patience):
         position = tf.Variable([done, state.step], dtype=tf.int64)
         stream, _ = training_stream(splits.train, splits.num_classes, policy=recipe.policy, batch_size=batch_size, seed=recipe.seed,
-                                    balance=recipe.balance, position=position)
+                                    balance=recipe.balance, small=(recipe.small_scale, recipe.small_epochs), position=position)
         stream.cardinality = lambda: tf.constant(steps, tf.int64)   # of a whole epoch; `Keeper` ends the one that was interrupted
         keeper = Keeper(folder, recipe, state, steps=steps, batch_size=batch_size, num_classes=splits.num_classes,
                         position=position, checkpoint_seconds=checkpoint_seconds, progress=progress)
@@ -737,6 +794,65 @@ def fit(
         for i, variable in enumerate(model.variables):
             variable.assign(best[f"model_{i}"])
     return state.history
+
+# %% ../nbs/04_training.ipynb #2bb53fb1
+def learning_rate_range(
+    model: keras.Model,               # as training would start with it; left as it was
+    recipe: Recipe,
+    splits: Splits,
+    *,
+    lowest: float = 1e-6,             # rate of the first step
+    highest: float = 1.0,             # rate of the last step
+    steps: int = 100,
+) -> pd.DataFrame:                    # columns learning_rate, loss, smoothed; shorter where the loss broke out
+    "The loss while the learning rate rises from step to step (Smith, 2017)."
+    if not 0 < lowest < highest:
+        raise ValueError(f"lowest: expected a positive rate below highest = {highest}, got {lowest}")
+    batch_size, rows = min(recipe.batch_size, len(splits.train)), []
+    stream, _ = training_stream(splits.train, splits.num_classes, policy=recipe.policy, batch_size=batch_size, seed=recipe.seed, epochs=10**6)
+    before = collect(model) if not model.compiled else {name: value for name, value in collect(model).items() if name.startswith("model_")}
+    compile_model(model, dataclasses.replace(recipe, schedule="constant", epochs=max(recipe.epochs, 1)), steps=steps)
+    for rate, (pixels, targets) in zip(np.geomspace(lowest, highest, steps), stream):
+        model.optimizer.learning_rate = rate
+        model.reset_metrics()
+        rows.append({"learning_rate": rate, "loss": float(model.train_on_batch(pixels, targets)[0])})
+        if diverged(rows[-1]["loss"], splits.num_classes):
+            break
+    for i, variable in enumerate(model.variables):
+        variable.assign(before[f"model_{i}"])
+    frame = pd.DataFrame(rows)
+    return frame.assign(smoothed=frame["loss"].ewm(alpha=0.2).mean())
+
+
+def steepest_rate(
+    frame: pd.DataFrame,              # from `learning_rate_range`
+) -> float:
+    "The learning rate at which the smoothed loss falls fastest; NaN where it never falls."
+    slope = np.gradient(frame["smoothed"], np.log(frame["learning_rate"]))
+    slope = np.where(np.isfinite(slope), slope, 0.0)
+    return float(frame["learning_rate"].iloc[slope.argmin()]) if slope.min() < 0 else math.nan
+
+
+def plot_learning_rate_range(
+    frame: pd.DataFrame,              # from `learning_rate_range`
+    *,
+    chosen: float | None = None,      # the peak that a recipe has
+    ax=None,                          # a matplotlib axis; made if there is none
+):                                    # the axis
+    "Loss over learning rate, with the steepest place and the recipe's choice."
+    if ax is None:
+        import matplotlib.pyplot as plt
+
+        ax = plt.subplots(figsize=(5, 2.6))[1]
+    ax.plot(frame["learning_rate"], frame["loss"], color="0.8")
+    ax.plot(frame["learning_rate"], frame["smoothed"])
+    ax.axvline(steepest_rate(frame), linestyle=":", color="tab:orange", label=f"steepest: {steepest_rate(frame):.1g}")
+    if chosen is not None:
+        ax.axvline(chosen, linestyle="--", color="gray", label=f"recipe: {chosen:.1g}")
+    start = frame["smoothed"].iloc[0]
+    ax.set(xscale="log", xlabel="learning rate", ylabel="loss", ylim=(0.9 * frame["smoothed"].min(), 1.5 * start))
+    ax.legend(fontsize="small")
+    return ax
 
 # %% ../nbs/04_training.ipynb #57e66568
 def _made_by(folder: Path, recipe: Recipe, fingerprint: str) -> bool:
@@ -843,7 +959,7 @@ def _finish(model, recipe: Recipe, splits: Splits, folder: Path, history: list[d
         **({"learning_rate_changes": read_json(changes)} if changes.exists() else {}),
         "provenance": provenance(splits, seed=recipe.seed),
     })
-    return _finish_model(float32_twin(model), folder)
+    return _finish_model(float32_twin(model, splits.image_shape), folder)
 
 # %% ../nbs/04_training.ipynb #a4fb2fab
 def train(

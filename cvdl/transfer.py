@@ -4,12 +4,16 @@
 
 # %% auto #0
 __all__ = ['EFFICIENTNET_STAGES', 'BACKBONES', 'HEAD_LAYERS', 'INPUT_LAYERS', 'conv_bn', 'inverted_residual',
-           'efficientnet_lite0', 'read_torch_legacy', 'WeightReport', 'Backbone', 'backbone_layers', 'transfer_model',
-           'freeze_backbone', 'unfreeze_top', 'extract_features', 'recalibrate_batch_norm']
+           'efficientnet_lite0', 'read_torch_legacy', 'WeightReport', 'Backbone', 'backbone_layers', 'backbone_blocks',
+           'transfer_model', 'freeze_backbone', 'unfreeze_top', 'keep_frozen', 'layer_factors', 'extract_features',
+           'recalibrate_batch_norm']
 
 # %% ../nbs/03_transfer.ipynb #5dd42aeb
+import itertools
+import json
 import os
 import pickle
+import re
 import struct
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -23,7 +27,7 @@ from keras import layers
 from tqdm.auto import tqdm
 
 from .baseline import classification_head
-from .data import DataError, home
+from .data import DataError, home, write_json
 
 # %% ../nbs/03_transfer.ipynb #07e79137
 def conv_bn(
@@ -252,6 +256,17 @@ def backbone_layers(
     "The layers of the backbone that hold weights: everything but our input layers and our head."
     return [layer for layer in model.layers if layer.weights and layer.name not in HEAD_LAYERS | INPUT_LAYERS]
 
+
+def backbone_blocks(
+    model: keras.Model,           # from `transfer_model`
+) -> list[list[keras.Layer]]:     # from input to output: the stem, each residual block, what lies behind them
+    "The layers of the backbone that hold weights, block by block."
+    def block(layer):
+        found = re.match(r"block_?\d+[a-z]?_|conv\d_block\d+_|expanded_conv_", layer.name)
+        return found[0] if found else ""
+
+    return [list(layers) for _, layers in itertools.groupby(backbone_layers(model), key=block)]
+
 # %% ../nbs/03_transfer.ipynb #3b68a8f5
 def _as_torch_trained(layer: keras.Layer) -> keras.Layer:
     "Clone function: pads both sides equally as torchvision does, and gives Normalization its stable name."
@@ -329,21 +344,63 @@ def unfreeze_top(
         layer.trainable = True
     return model
 
+
+def keep_frozen(
+    model: keras.Model,           # after `unfreeze_top`
+    num_blocks: int,              # blocks from the top that may train
+) -> keras.Model:                 # the same model
+    "Progressive unfreezing: freeze again what lies below the last `num_blocks` blocks."
+    for block in backbone_blocks(model)[::-1][num_blocks:]:
+        for layer in block:
+            layer.trainable = False
+    return model
+
+
+def layer_factors(
+    model: keras.Model,           # from `transfer_model`
+    decay: float,                 # what a block's learning rate is multiplied with, relative to the block above it
+) -> dict[str, float]:            # path of a weight that trains -> factor of its learning rate; the head has 1
+    "Layer-wise decay: the head learns at the full rate, each block below it more slowly."
+    factors = {}
+    for depth, block in enumerate(backbone_blocks(model)[::-1], start=1):
+        factors |= {weight.path: decay**depth for layer in block for weight in layer.trainable_weights}
+    return factors
+
 # %% ../nbs/03_transfer.ipynb #8175fdd2
+def _store(path: Path | None, about: dict, shape: tuple[int, ...]) -> tuple[np.ndarray, int]:
+    "An array for the features, and how many rows of it are there already: in a file when there is a path, else in memory."
+    if path is None:
+        return np.empty(shape, np.float32), 0
+    note = path.with_suffix(".json")
+    if path.exists() and note.exists() and (known := json.loads(note.read_text())) | {"rows": 0} == about | {"rows": 0}:
+        return np.lib.format.open_memmap(path, "r+"), known["rows"]
+    return np.lib.format.open_memmap(path, "w+", np.float32, shape), 0
+
+
 def extract_features(
     model: keras.Model,           # from `transfer_model`
     images: np.ndarray,           # (N, H, W, 3) uint8
     *,
+    mirror: bool = False,         # of the mirror images
+    path: str | os.PathLike | None = None,   # an .npy file that keeps them, and from which an interrupted pass goes on
     batch_size: int = 128,
     progress: bool = True,        # show a progress bar
 ) -> np.ndarray:                  # (N, C) float32, the pooled features
     "The pooled features of the backbone for every image."
     features = keras.Model(model.input, model.get_layer("pooled_features").output)
     features.jit_compile = False      # XLA compiles for seconds and then runs slower on a CPU
-    starts = tqdm(range(0, len(images), batch_size), desc=f"{model.name} features", disable=not progress, leave=False)
-    return np.concatenate([
-        features.predict_on_batch(images[start:start + batch_size]).astype("float32") for start in starts
-    ])
+    path = None if path is None else Path(path)
+    about = {"model": model.name, "images": len(images), "image": list(images.shape[1:]), "mirror": mirror}
+    result, done = _store(path, about, (len(images), features.output_shape[-1]))
+    with tqdm(total=len(images), initial=done, desc=f"{model.name} features", unit=" images", disable=not progress, leave=False) as bar:
+        for start in range(done, len(images), batch_size):
+            batch = images[start:start + batch_size]
+            result[start:start + len(batch)] = features.predict_on_batch(batch[:, :, ::-1] if mirror else batch)
+            bar.update(len(batch))
+            if path is not None and (start // batch_size % 20 == 19 or start + batch_size >= len(images)):
+                result.flush()
+                write_json(path.with_suffix(".json"), about | {"rows": start + len(batch)})
+    return result
 
 # %% ../nbs/03_transfer.ipynb #47ab9cd9
 def recalibrate_batch_norm(

@@ -519,13 +519,95 @@ def test_a_recipe_that_gained_a_field_is_still_the_same(straight, splits, tmp_pa
 # -- balance -----------------------------------------------------------------------------------------------------------
 
 
+# -- small images, blocks, rates by layer ------------------------------------------------------------------------------
+
+
+def test_small_images_first_and_resuming_among_them(tmp_path):
+    splits = load("shapes", num_images=300, image_size=24)
+    recipe = dataclasses.replace(SMALL, model="fast-cnn", epochs=4, small_scale=0.75, small_share=0.5, optimizer="muon", learning_rate=0.1)
+    whole = train(recipe, splits, tmp_path / "whole", progress=False)
+    steps = len(splits.train) // recipe.batch_size
+    interrupt(recipe, splits, tmp_path / "cut", steps + 3)     # in the second of the two small epochs
+    assert differences(whole, resume_in(tmp_path / "cut", recipe, splits)) <= 1e-3
+    assert whole.model().input_shape == (None, *splits.image_shape), "the finished model has one size"
+    stream, _ = training.training_stream(splits.train, 10, policy=recipe.policy, batch_size=32, seed=0, epochs=4, small=(0.75, recipe.small_epochs))
+    assert [int(pixels.shape[1]) for pixels, _ in stream] == [18] * 2 * steps + [24] * 2 * steps
+
+
+def resume_in(folder, recipe, splits):
+    return train(recipe, splits, folder, progress=False)
+
+
+def backbone_recipe(**changes):
+    return Recipe(model="efficientnet-lite0", input_size=32, epochs=2, batch_size=60, optimizer="adam", learning_rate=1e-3,
+                  weight_decay=0.0, warmup_epochs=0.0, precision="float32", policy=Policy.none(), **changes)
+
+
+def test_blocks_are_unfrozen_epoch_by_epoch(splits, tmp_path):
+    counts, weights = [], []
+
+    class Watch(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            counts.append(len(self.model.trainable_variables))
+            weights.append({layer.name: np.asarray(layer.weights[0]).copy() for layer in self.model.layers if isinstance(layer, keras.layers.Conv2D)})
+
+    recipe = backbone_recipe(blocks_per_epoch=1, schedule="constant")
+    whole = train(recipe, splits, tmp_path / "whole", progress=False, callbacks=(Watch(),))
+    assert counts[0] == 3 and counts == sorted(set(counts)), "head and top first, then a block more each epoch"
+    moved = {name for name in weights[0] if (weights[0][name] != weights[1][name]).any()}   # in the second epoch
+    assert {"top", "block15_project"} <= moved and "block14_project" not in moved
+    interrupt(recipe, splits, tmp_path / "cut", 6)             # in the second epoch, of four steps
+    assert differences(whole, resume_in(tmp_path / "cut", recipe, splits)) <= 1e-3
+
+
+def test_deeper_layers_take_shorter_steps(splits):
+    recipe = backbone_recipe(layer_decay=0.5, schedule="constant")
+    model, _ = training.build_model(recipe, splits.image_shape, 10)
+    training.unfreeze_top(model)
+    training.compile_model(model, recipe, steps=1)
+    names = ["stem", "block0_project", "block14_project", "block15_project", "top", "logits"]
+    before = {name: np.asarray(model.get_layer(name).kernel).copy() for name in names}
+    model.train_on_batch(splits.train.images[:32].astype("float32"), keras.utils.to_categorical(splits.train.labels[:32], 10))
+    lengths = [float(np.abs(np.asarray(model.get_layer(name).kernel) - before[name]).max()) for name in names]   # of a first step of Adam
+    np.testing.assert_allclose(np.array(lengths) / 1e-3, [0.5 ** 18, 0.5 ** 17, 0.5 ** 3, 0.5 ** 2, 0.5, 1], rtol=0.1)
+
+
+@pytest.mark.parametrize("changes, word", [
+    ({"layer_decay": 0.0}, "layer_decay"), ({"layer_decay": 0.5, "optimizer": "sgd"}, "layer_decay"), ({"small_scale": 0.5}, "small_scale"),
+    ({"model": "baseline", "layer_decay": 0.5}, "layer_decay"), ({"model": "baseline", "blocks_per_epoch": 1}, "blocks_per_epoch"),
+    ({"blocks_per_epoch": -1}, "blocks_per_epoch"), ({"small_share": 1.5}, "small_share"),
+])
+def test_fields_that_do_not_fit_are_refused(changes, word):
+    with pytest.raises(ValueError, match=f"^{word}: "):
+        dataclasses.replace(backbone_recipe(), **changes)
+
+
+@pytest.mark.parametrize("flip", [True, False])
+def test_phase_1_sees_mirror_images_where_training_may_mirror(splits, tmp_path, monkeypatch, flip):
+    asked = []
+
+    def extract(model, images, *, mirror, path, progress):
+        asked.append((len(images), mirror, path.name))
+        path.write_bytes(b"")
+        return np.random.default_rng(len(asked)).random((len(images), 1280), np.float32)
+
+    monkeypatch.setattr(training, "extract_features", extract)
+    recipe = backbone_recipe(head_epochs=1)
+    recipe = dataclasses.replace(recipe, policy=dataclasses.replace(recipe.policy, horizontal_flip=flip))
+    model, _ = training.build_model(recipe, splits.image_shape, 10)
+    head = training.train_head(model, splits, recipe, folder=tmp_path, progress=False)
+    views = [(False, "features_train.npy"), (True, "features_train_mirror.npy")][: 1 + flip]
+    assert asked == [*((len(splits.train), *view) for view in views), (len(splits.validation), False, "features_validation.npy")]
+    assert head["views"] == 1 + flip and not list(tmp_path.iterdir()), "the features go when the head is trained"
+
+
 @pytest.mark.parametrize("balance", ["none", "weights", "sampling"])
 def test_balance_reaches_the_head(splits, balance, monkeypatch):
     "Features that say nothing: the head then answers with the share that it thinks a class has."
     keep = np.concatenate([np.flatnonzero(splits.train.labels == 0)[:20], np.flatnonzero(splits.train.labels == 1)[:5]])
     few = dataclasses.replace(splits, train=splits.train.subset(np.tile(keep, 20)), classes=("disc", "ring"),
                               validation=splits.validation.subset(np.flatnonzero(splits.validation.labels < 2)))
-    monkeypatch.setattr(training, "extract_features", lambda model, images, progress: np.zeros((len(images), 1280), np.float32))
+    monkeypatch.setattr(training, "extract_features", lambda model, images, **options: np.zeros((len(images), 1280), np.float32))
     recipe = Recipe(model="efficientnet-lite0", pretrained=False, input_size=32, head_epochs=20, head_learning_rate=0.05, dropout=0.0, balance=balance)
     model, _ = training.build_model(recipe, splits.image_shape, 2)
     training.train_head(model, few, recipe, progress=False)

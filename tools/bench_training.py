@@ -1,13 +1,20 @@
-"How fast networks train, and how long one takes to its accuracy: `python tools/bench_training.py [speed | accuracy [seeds [epochs]]]`."
+"""How fast networks train, and how long one takes to its accuracy: `python tools/bench_training.py [speed | accuracy [seeds]]`.
+
+`accuracy` goes on where it was: a seed whose result stands in results/cifar10/time_to_accuracy.json, made by the same recipe, is kept.
+With TORCH_PYTHON naming a Python that has PyTorch, each of its trainings is framed by runs of tools/torch_reference.py.
+"""
 
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import dataclasses
+import json
 import statistics
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -16,7 +23,7 @@ from bench_augmentation import interleaved, ratios
 from common import RESULTS, Problem, main
 
 from cvdl.baseline import whiten
-from cvdl.data import Images, Splits, load, provenance, write_json
+from cvdl.data import Images, Splits, load, provenance, read_json, write_json
 from cvdl.evaluation import augmented_predictor, keras_predictor, wilson_interval
 from cvdl.shapes import draw_shapes
 from cvdl.training import Recipe, build_model, compile_model, compute_precision, float32_twin, starting_recipe, training_stream
@@ -74,41 +81,58 @@ def merged(*parts: Images) -> Images:
     return Images(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("images", "labels", "ids")))
 
 
+def reference() -> float | None:   # seconds; None where nobody named a Python that has PyTorch
+    "What the record-holding recipe would take in PyTorch, from its speed right now."
+    if "TORCH_PYTHON" not in os.environ:
+        return None
+    words = [os.environ["TORCH_PYTHON"], str(Path(__file__).with_name("torch_reference.py"))]
+    return json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout)["seconds"]
+
+
 def one_training(splits: Splits, train: Images, recipe: Recipe) -> dict:
     "Train on all of `train`, then ask for the test images; the clock runs during training, compilation included."
+    before = reference()
     keras.utils.set_random_seed(recipe.seed)
     precision = compute_precision(recipe)
     model, _ = build_model(recipe, splits.image_shape, splits.num_classes, precision=precision)
-    if recipe.model == "fast-cnn":
-        whiten(model, train.images[:5000])
-    stream, steps = training_stream(train, splits.num_classes, policy=recipe.policy, batch_size=recipe.batch_size, seed=recipe.seed, epochs=recipe.epochs)
+    whiten(model, train.images[:5000])
+    stream, steps = training_stream(train, splits.num_classes, policy=recipe.policy, batch_size=recipe.batch_size, seed=recipe.seed,
+                                    epochs=recipe.epochs, small=(recipe.small_scale, recipe.small_epochs))
     compile_model(model, recipe, steps=steps)
     tell = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: print(
         f"  seed {recipe.seed}, epoch {epoch + 1}/{recipe.epochs}: loss {logs['loss']:.3f}, {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True))
     started = time.perf_counter()
     model.fit(stream, steps_per_epoch=steps, epochs=recipe.epochs, shuffle=False, verbose=0, callbacks=[tell])
     seconds = time.perf_counter() - started
-    predictor = keras_predictor(float32_twin(model))
+    predictor = keras_predictor(float32_twin(model, splits.image_shape))
     views = {"plain": predictor, "six_views": augmented_predictor(predictor, shift=1)}
     hits = {name: int((each(splits.test.images).argmax(axis=1) == splits.test.labels).sum()) for name, each in views.items()}
-    return {"seed": recipe.seed, "seconds": seconds, "images_per_second": steps * recipe.batch_size * recipe.epochs / seconds, "precision": precision,
-            "parameters": model.count_params(), **{name: value / len(splits.test) for name, value in hits.items()},
-            **{f"{name}_interval": wilson_interval(value, len(splits.test)) for name, value in hits.items()}}
+    row = {"seed": recipe.seed, "seconds": seconds, "images_per_second": steps * recipe.batch_size * recipe.epochs / seconds,
+           "precision": precision, "parameters": model.count_params(),
+           **{name: value / len(splits.test) for name, value in hits.items()},
+           **{f"{name}_interval": wilson_interval(value, len(splits.test)) for name, value in hits.items()}}
+    if before is not None:
+        row["torch_seconds"] = (before + reference()) / 2
+        row["ratio"] = seconds / row["torch_seconds"]
+    return row
 
 
-def accuracy(seeds: int = 3, epochs: int = 8) -> pd.DataFrame:
+def accuracy(seeds: int = 3) -> pd.DataFrame:
     "fast-cnn on the 50 000 training images of CIFAR-10, judged by the 10 000 test images; results/cifar10/time_to_accuracy.json keeps it."
-    splits = load("cifar10")
-    train, rows = merged(splits.train, splits.validation), []
-    for seed in range(seeds):
-        recipe = starting_recipe("fast-cnn", epochs=epochs, seed=seed)
-        rows.append(one_training(splits, train, recipe))
-        write_json(RESULTS / "cifar10" / "time_to_accuracy.json", {
+    splits, file = load("cifar10"), RESULTS / "cifar10" / "time_to_accuracy.json"
+    train, recipe = merged(splits.train, splits.validation), starting_recipe("fast-cnn")
+    known = read_json(file) if file.exists() else {}
+    rows = known["trainings"] if known.get("recipe") == recipe.to_dict() else []
+    for seed in sorted(set(range(seeds)) - {row["seed"] for row in rows}):
+        rows.append(one_training(splits, train, dataclasses.replace(recipe, seed=seed)))
+        figures = [name for name in ("seconds", "plain", "six_views", "torch_seconds", "ratio") if all(name in row for row in rows)]
+        write_json(file, {
             "recipe": recipe.to_dict(), "training_images": len(train), "test_images": len(splits.test), "trainings": rows,
-            "mean": {name: float(np.mean([row[name] for row in rows])) for name in ("seconds", "plain", "six_views")},
-            "spread": {name: float(np.std([row[name] for row in rows])) for name in ("seconds", "plain", "six_views")},
-            "provenance": provenance(splits, seed=seed)})
-    return pd.DataFrame(rows)[["seed", "seconds", "images_per_second", "plain", "six_views"]]
+            "mean": {name: float(np.mean([row[name] for row in rows])) for name in figures},
+            "spread": {name: float(np.std([row[name] for row in rows], ddof=1)) if len(rows) > 1 else 0.0 for name in figures},
+            "provenance": provenance(splits, seed=recipe.seed)})
+    shown = ["seed", "seconds", "images_per_second", "plain", "six_views", "torch_seconds", "ratio"]
+    return pd.DataFrame(rows)[[name for name in shown if name in rows[0]]]
 
 
 def bench(what: str = "speed", *numbers: str) -> None:
