@@ -223,17 +223,17 @@ def confident_joint(
 def label_issues(
     probabilities: np.ndarray,  # (N, C) of a model that was not trained on these images
     labels: np.ndarray,         # (N,) int class indices, some of them perhaps wrong
-) -> pd.DataFrame:              # a row per image, most doubtful first: label, suggested, margin, self_confidence, suspect
-    "Rank images by how doubtful their label is: suspects of the confident joint first, then by the margin of the label."
+) -> pd.DataFrame:              # a row per image, most doubtful first: label, suggested, self_confidence, margin, suspect
+    "Rank images by the probability of their own label, least first; suspects lie beside the diagonal of the confident joint."
     probabilities = check_probabilities(probabilities)
     labels = check_labels(labels, num_classes=probabilities.shape[1], length=len(probabilities))
     counted, rows = _counted(probabilities, labels), np.arange(len(labels))
     others = probabilities.copy()
     others[rows, labels] = -1
     suggested, own = others.argmax(axis=1), probabilities[rows, labels]
-    table = pd.DataFrame({"label": labels, "suggested": suggested, "margin": own - others.max(axis=1), "self_confidence": own,
+    table = pd.DataFrame({"label": labels, "suggested": suggested, "self_confidence": own, "margin": own - others.max(axis=1),
                           "suspect": (counted >= 0) & (counted != labels)}, index=pd.Index(rows, name="image"))
-    return table.sort_values(["suspect", "margin"], ascending=[False, True], kind="stable")
+    return table.sort_values(["self_confidence", "margin"], kind="stable")
 
 # %% ../nbs/mistakes.ipynb #a3165c5d
 def plot_label_issues(
