@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['reliability', 'calibration_error', 'plot_reliability', 'tempered', 'fit_temperature', 'tempered_predictor',
-           'risk_coverage', 'area_under_risk', 'plot_risk_coverage', 'selective_accuracy', 'choose_threshold']
+           'risk_coverage', 'area_under_risk', 'plot_risk_coverage', 'selective_accuracy', 'choose_threshold',
+           'calibration_report']
 
 # %% ../nbs/calibration.ipynb #2be84c38
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ import pandas as pd
 from scipy.optimize import minimize_scalar
 
 from .predictors import Predictor, check_labels, check_probabilities
-from .scores import log_losses
+from .scores import brier_scores, log_losses
 from .statistics import bootstrap_interval, wilson_interval
 
 # %% ../nbs/calibration.ipynb #73346299
@@ -213,3 +214,25 @@ def choose_threshold(
     if len(enough) == 0:
         raise ValueError(f"accuracy: expected at most {np.max(reached):.4f}, what the best threshold reaches on these {len(labels)} images, got {accuracy}")
     return selective_accuracy(probabilities, labels, curve["threshold"].iloc[enough[-1]])
+
+# %% ../nbs/calibration.ipynb #19e08da9
+def calibration_report(
+    validation: tuple[np.ndarray, np.ndarray],  # probabilities (N, C) and labels (N,): what is fitted is fitted here
+    test: tuple[np.ndarray, np.ndarray],        # the same of other images: what is reported is measured here
+    *,
+    wanted: float = 0.98,                       # accuracy that the threshold shall reach on validation
+    bins: int = 15,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict:                                      # temperature, before, after: ece …, log_loss, brier; aurc, threshold: on validation and test
+    "Temperature and threshold from the validation answers, their effect on the test answers."
+    temperature = fit_temperature(*validation)
+    options = {"resamples": resamples, "seed": seed}
+    sides = {name: {**calibration_error(each, test[1], bins=bins, **options), "log_loss": float(log_losses(each, test[1]).mean()),
+                    "brier": float(brier_scores(each, test[1]).mean())}
+             for name, each in {"before": test[0], "after": tempered(test[0], temperature)}.items()}
+    threshold = None  # a weak model reaches the wanted accuracy nowhere
+    if risk_coverage(*validation)["accuracy"].max() >= wanted:
+        chosen = choose_threshold(*validation, accuracy=wanted)
+        threshold = {"wanted": wanted, "validation": chosen, "test": selective_accuracy(*test, chosen["threshold"])}
+    return {"temperature": temperature, **sides, "aurc": area_under_risk(*test, **options), "threshold": threshold}
