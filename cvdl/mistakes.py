@@ -158,7 +158,7 @@ def _sprite(pictures: Sequence[np.ndarray], side: int, shown: int) -> tuple[str,
     if not len(pictures):
         return "", []
     small = np.concatenate([cv2.resize(picture, (side, side), interpolation=cv2.INTER_AREA) for picture in pictures], axis=1)
-    data = base64.b64encode(cv2.imencode(".jpg", small[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 80])[1]).decode()
+    data = base64.b64encode(cv2.imencode(".jpg", small[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 70])[1]).decode()
     name = "s" + hashlib.blake2b(data.encode(), digest_size=4).hexdigest()  # several pages may share a page
     style = f"<style>.{name} {{width: {shown}px; height: {shown}px; background: url(data:image/jpeg;base64,{data}) 0/{shown * len(pictures)}px {shown}px}}</style>"
     return style, [f'<i class="{name}" style="background-position: {-shown * place}px 0"></i>' for place in range(len(pictures))]
