@@ -17,7 +17,7 @@ from scipy.optimize import minimize_scalar
 
 from .predictors import Predictor, check_labels, check_probabilities
 from .scores import brier_scores, log_losses
-from .statistics import bootstrap_interval, wilson_interval
+from .statistics import bootstrap_interval, wilson_bounds, wilson_interval
 
 # %% ../nbs/calibration.ipynb #73346299
 def _confident(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -209,7 +209,7 @@ def choose_threshold(
     if not 0 < accuracy <= 1:
         raise ValueError(f"accuracy: expected a share above 0, at most 1, got {accuracy}")
     curve = risk_coverage(probabilities, labels)
-    reached = [wilson_interval(round(n * share), n)[0] for n, share in zip(curve["n"], curve["accuracy"])] if sure else curve["accuracy"]
+    reached = wilson_bounds((curve["n"] * curve["accuracy"]).round(), curve["n"])[0] if sure else curve["accuracy"]
     enough = np.flatnonzero(np.asarray(reached) >= accuracy)
     if len(enough) == 0:
         raise ValueError(f"accuracy: expected at most {np.max(reached):.4f}, what the best threshold reaches on these {len(labels)} images, got {accuracy}")
