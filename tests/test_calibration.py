@@ -4,6 +4,11 @@ import time
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from sklearn import metrics
+
 from cvdl.calibration import (
     area_under_risk,
     calibration_error,
@@ -18,10 +23,6 @@ from cvdl.calibration import (
 )
 from cvdl.predictors import fit_weights, soft_vote, vote
 from cvdl.scores import log_losses, score_intervals, scores, top_k_hits, weighted_scores
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
-from sklearn import metrics
 
 
 def honest(seed: int, *, n: int = 10_000, classes: int = 10, sharp: float = 2.0) -> tuple[np.ndarray, np.ndarray]:
@@ -159,9 +160,11 @@ def test_validation_sets_the_weights_of_a_vote():
     (lambda p, y: fit_temperature(p, y[:-1]), "labels: expected 100, one per row of probabilities, got 99"),
     (lambda p, y: calibration_error(np.where(np.arange(100)[:, None] == 7, np.nan, p), y), "probabilities: expected numbers in 0..1, got nan at row 7, column 0"),
     (lambda p, y: risk_coverage(p * 2, y), "probabilities: expected "), (lambda p, y: scores(p[:0], y[:0]), "probabilities: expected a non-empty numeric shape"),
-    (lambda p, y: choose_threshold(p, (p.argmax(axis=1) + 1) % 10, accuracy=0.9), r"accuracy: expected at most 0.0000, what the best threshold reaches on these 100 images, got 0.9"),
+    (lambda p, y: choose_threshold(p, (p.argmax(axis=1) + 1) % 10, accuracy=0.9),
+     "accuracy: expected at most 0.0000, what the best threshold reaches on these 100 images, got 0.9"),
     (lambda p, y: vote([p, p[:5]]), r"answers: expected shape \(100, 10\) as of the first model, got \(5, 10\) at index 1"),
-    (lambda p, y: vote([p, p], [0.7, 0.7]), "weights: expected 2 numbers from 0 that sum to 1"), (lambda p, y: reliability(p, y, bins=0), "bins: expected at least one, got 0"),
+    (lambda p, y: vote([p, p], [0.7, 0.7]), "weights: expected 2 numbers from 0 that sum to 1"),
+    (lambda p, y: reliability(p, y, bins=0), "bins: expected at least one, got 0"),
     (lambda p, y: top_k_hits(p, y, 11), "k: expected 1..10, got 11"),
 ])
 def test_bad_input_is_named(call, said):

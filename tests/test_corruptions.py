@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from cvdl.corruptions import FAMILIES, STRENGTHS, corrupt, corrupted_hits, mean_robustness, robustness_grid, robustness_table, strength
 from cvdl.house import Images
 from cvdl.shapes import draw_shapes
@@ -70,8 +71,10 @@ def test_robustness_of_a_model_that_sees_brightness_only():
 
 
 @pytest.mark.parametrize("call, said", [
-    (lambda images: corrupt(images, "frost", 1), "name: expected one of gaussian noise, .*, got 'frost'"), (lambda images: corrupt(images, "fog", 0), "severity: expected 1..5, got 0"),
-    (lambda images: corrupt(images[:0], "fog", 1), "images: expected at least one image, got 0"), (lambda images: corrupt(images / 255, "fog", 1), "images: expected uint8"),
+    (lambda images: corrupt(images, "frost", 1), "name: expected one of gaussian noise, .*, got 'frost'"),
+    (lambda images: corrupt(images, "fog", 0), "severity: expected 1..5, got 0"),
+    (lambda images: corrupt(images[:0], "fog", 1), "images: expected at least one image, got 0"),
+    (lambda images: corrupt(images / 255, "fog", 1), "images: expected uint8"),
     (lambda images: corrupted_hits(lambda pixels: np.ones((3, 2)) / 2, Images(images, np.zeros(len(images), int), np.arange(len(images)))),
      r"predictor: expected answers of shape \(70, C\), one row per image, got \(3, 2\)"),
 ])

@@ -5,9 +5,10 @@ from math import comb
 
 import numpy as np
 import pytest
-from cvdl.statistics import bootstrap_interval, compare_paired, holm, mcnemar, non_inferiority, resample_weights, score_of_rows, tied_with_best, wilson_interval
 from scipy.stats import binomtest, bootstrap, norm
 from sklearn.metrics import balanced_accuracy_score
+
+from cvdl.statistics import bootstrap_interval, compare_paired, holm, mcnemar, non_inferiority, resample_weights, score_of_rows, tied_with_best, wilson_interval
 
 
 def two_models(seed: int, *, n: int = 10_000, lost: int = 0, won: int = 0) -> tuple[np.ndarray, np.ndarray]:
