@@ -208,15 +208,17 @@ def evaluate(
     import matplotlib.pyplot as plt
     import numpy as np
 
-    from cvdl.data import provenance, use_book_style, write_json
+    from cvdl.data import provenance, read_json, use_book_style, write_json
     from cvdl.evaluation import evaluate as evaluate_predictor
     from cvdl.evaluation import keras_predictor, plot_confusion_matrix
     from cvdl.training import load
 
     use_book_style()
     network, splits = load(model), _splits_of(model, data)
+    summary = (model if model.is_dir() else model.parent) / "run.json"
+    known = read_json(summary).get("classes") if summary.exists() else None
     probabilities = keras_predictor(network)(splits.test.images)
-    metrics = evaluate_predictor(probabilities, splits.test, splits.classes)
+    metrics = evaluate_predictor(probabilities, splits.test, splits.classes, model_classes=known, resamples=1000)
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "metrics.json", {"model": str(model), **metrics.to_dict(), "provenance": provenance(splits, seed=0)})
     plot_confusion_matrix(metrics.confusion_matrix, splits.classes).figure.savefig(output / "confusion_matrix.png", bbox_inches="tight")

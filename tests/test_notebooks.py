@@ -17,7 +17,8 @@ NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 CHAPTERS = [path for path in NOTEBOOKS if re.match(r"\d\d_", path.name)]
 APPENDICES = [path for path in NOTEBOOKS if path not in CHAPTERS]
 DATA_FOUNDATIONS = ["house", "shapes", "reading", "audit"]
-FOUNDATIONS = [*DATA_FOUNDATIONS, "schedules"]  # the appendices that chapters build on; any chapter may import them
+EVALUATION_FOUNDATIONS = ["predictors", "statistics", "scores", "calibration", "mistakes", "corruptions"]
+FOUNDATIONS = [*DATA_FOUNDATIONS, *EVALUATION_FOUNDATIONS, "schedules"]  # the appendices that chapters build on; any chapter may import them
 BIN = Path(sys.executable).parent
 notebooks = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 chapters = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
