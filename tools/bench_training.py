@@ -1,6 +1,6 @@
-"""How fast networks train, and how long one takes to its accuracy: `python tools/bench_training.py [speed | accuracy [seeds]]`.
+"""How fast networks train, and how long one takes to its accuracy: `python tools/bench_training.py [speed | accuracy [seeds] | ablation [epochs]]`.
 
-`accuracy` goes on where it was: a seed whose result stands in results/cifar10/time_to_accuracy.json, made by the same recipe, is kept.
+`accuracy` and `ablation` go on where they were: a row of results/cifar10/time_to_accuracy.json or ablation.json that the same recipe made is kept.
 With TORCH_PYTHON naming a Python that has PyTorch, each of its trainings is framed by runs of tools/torch_reference.py.
 """
 
@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import keras
@@ -23,13 +24,14 @@ from bench_augmentation import interleaved, ratios
 from common import RESULTS, Problem, main
 
 from cvdl.baseline import whiten
-from cvdl.data import Images, Splits, load, provenance, read_json, write_json
+from cvdl.data import Images, load, provenance, read_json, write_json
 from cvdl.evaluation import augmented_predictor, keras_predictor, wilson_interval
 from cvdl.shapes import draw_shapes
 from cvdl.training import Recipe, build_model, compile_model, compute_precision, float32_twin, starting_recipe, training_stream
 
 CLASSES = 10
 PRECISIONS = ("mixed_bfloat16", "float32")
+Change = Callable[[keras.Model], keras.Model]   # of a network, before it trains
 
 
 # -- images a second --------------------------------------------------------------------------------------------------
@@ -89,14 +91,14 @@ def reference() -> float | None:   # seconds; None where nobody named a Python t
     return json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout)["seconds"]
 
 
-def one_training(splits: Splits, train: Images, recipe: Recipe) -> dict:
-    "Train on all of `train`, then ask for the test images; the clock runs during training, compilation included."
-    before = reference()
+def one_training(train: Images, judged: Images, num_classes: int, recipe: Recipe, change: Change | None = None) -> dict:
+    "Train on all of `train`, then ask for `judged`; the clock runs during training, compilation included."
     keras.utils.set_random_seed(recipe.seed)
-    precision = compute_precision(recipe)
-    model, _ = build_model(recipe, splits.image_shape, splits.num_classes, precision=precision)
+    precision, shape = compute_precision(recipe), train.images.shape[1:]
+    model, _ = build_model(recipe, shape, num_classes, precision=precision)
     whiten(model, train.images[:5000])
-    stream, steps = training_stream(train, splits.num_classes, policy=recipe.policy, batch_size=recipe.batch_size, seed=recipe.seed,
+    model = change(model) if change else model
+    stream, steps = training_stream(train, num_classes, policy=recipe.policy, batch_size=recipe.batch_size, seed=recipe.seed,
                                     epochs=recipe.epochs, small=(recipe.small_scale, recipe.small_epochs))
     compile_model(model, recipe, steps=steps)
     tell = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: print(
@@ -104,27 +106,39 @@ def one_training(splits: Splits, train: Images, recipe: Recipe) -> dict:
     started = time.perf_counter()
     model.fit(stream, steps_per_epoch=steps, epochs=recipe.epochs, shuffle=False, verbose=0, callbacks=[tell])
     seconds = time.perf_counter() - started
-    predictor = keras_predictor(float32_twin(model, splits.image_shape))
+    predictor = keras_predictor(float32_twin(model, shape))
     views = {"plain": predictor, "six_views": augmented_predictor(predictor, shift=1)}
-    hits = {name: int((each(splits.test.images).argmax(axis=1) == splits.test.labels).sum()) for name, each in views.items()}
-    row = {"seed": recipe.seed, "seconds": seconds, "images_per_second": steps * recipe.batch_size * recipe.epochs / seconds,
-           "precision": precision, "parameters": model.count_params(),
-           **{name: value / len(splits.test) for name, value in hits.items()},
-           **{f"{name}_interval": wilson_interval(value, len(splits.test)) for name, value in hits.items()}}
+    hits = {name: int((each(judged.images).argmax(axis=1) == judged.labels).sum()) for name, each in views.items()}
+    return {"seed": recipe.seed, "seconds": seconds, "images_per_second": steps * recipe.batch_size * recipe.epochs / seconds,
+            "precision": precision, "parameters": model.count_params(),
+            **{name: value / len(judged) for name, value in hits.items()},
+            **{f"{name}_interval": wilson_interval(value, len(judged)) for name, value in hits.items()}}
+
+
+def framed(training: Callable[[], dict]) -> dict:
+    "A training between two measurements of the reference, so that a machine that changes its speed changes both."
+    before = reference()
+    row = training()
     if before is not None:
         row["torch_seconds"] = (before + reference()) / 2
-        row["ratio"] = seconds / row["torch_seconds"]
+        row["ratio"] = row["seconds"] / row["torch_seconds"]
     return row
+
+
+def kept_rows(file: Path, recipe: Recipe) -> list[dict]:
+    "The rows of a file that this recipe made."
+    known = read_json(file) if file.exists() else {}
+    return known["trainings"] if known.get("recipe") == recipe.to_dict() else []
 
 
 def accuracy(seeds: int = 3) -> pd.DataFrame:
     "fast-cnn on the 50 000 training images of CIFAR-10, judged by the 10 000 test images; results/cifar10/time_to_accuracy.json keeps it."
     splits, file = load("cifar10"), RESULTS / "cifar10" / "time_to_accuracy.json"
     train, recipe = merged(splits.train, splits.validation), starting_recipe("fast-cnn")
-    known = read_json(file) if file.exists() else {}
-    rows = known["trainings"] if known.get("recipe") == recipe.to_dict() else []
+    rows = kept_rows(file, recipe)
     for seed in sorted(set(range(seeds)) - {row["seed"] for row in rows}):
-        rows.append(one_training(splits, train, dataclasses.replace(recipe, seed=seed)))
+        own = dataclasses.replace(recipe, seed=seed)
+        rows.append(framed(lambda own=own: one_training(train, splits.test, splits.num_classes, own)))
         figures = [name for name in ("seconds", "plain", "six_views", "torch_seconds", "ratio") if all(name in row for row in rows)]
         write_json(file, {
             "recipe": recipe.to_dict(), "training_images": len(train), "test_images": len(splits.test), "trainings": rows,
@@ -135,9 +149,79 @@ def accuracy(seeds: int = 3) -> pd.DataFrame:
     return pd.DataFrame(rows)[[name for name in shown if name in rows[0]]]
 
 
+# -- what each ingredient buys ----------------------------------------------------------------------------------------
+
+
+def first_layer_learned(model: keras.Model) -> keras.Model:
+    "The first layer starts at random and trains like the others."
+    layer = model.get_layer("whitening")
+    layer.trainable = True
+    layer.set_weights([np.asarray(keras.initializers.GlorotUniform(seed=0)(layer.kernel.shape))])
+    return model
+
+
+def without_batch_norm(model: keras.Model) -> keras.Model:
+    "BatchNorm leaves, nothing comes in its place."
+    def again(layer):
+        if isinstance(layer, keras.layers.BatchNormalization):
+            return keras.layers.Identity(name=layer.name)
+        return layer.__class__.from_config(layer.get_config())
+
+    bare = keras.models.clone_model(model, input_tensors=keras.Input(model.input_shape[1:]), clone_function=again)
+    for layer in bare.layers:
+        if layer.weights:
+            layer.set_weights(model.get_layer(layer.name).get_weights())
+    return bare
+
+
+def random_start(model: keras.Model) -> keras.Model:
+    "Kernels start at random instead of passing their input on."
+    for layer in model.layers:
+        if isinstance(layer, keras.layers.Conv2D) and layer.trainable:
+            layer.kernel.assign(keras.initializers.HeNormal(seed=0)(layer.kernel.shape))
+    return model
+
+
+def ingredients(recipe: Recipe) -> dict[str, tuple[Recipe, Change | None]]:
+    "The recipe, and the recipe without one ingredient at a time."
+    def less(**changes):
+        return dataclasses.replace(recipe, **changes), None
+
+    def policy(**changes):
+        return less(policy=dataclasses.replace(recipe.policy, **changes))
+
+    return {
+        "all of it": (recipe, None),
+        "BatchNorm left out": (recipe, without_batch_norm),
+        "first layer learned, not whitened": (recipe, first_layer_learned),
+        "kernels start at random, not as a copy": (recipe, random_start),
+        "no label smoothing": less(label_smoothing=0.0),
+        "learning rate constant": less(schedule="constant"),
+        "SGD in place of Muon": less(optimizer="sgd", learning_rate=0.05, weight_decay=5e-4),
+        "no augmentation": policy(alternating_flip=False, translate=0.0),
+        "flips at random, not in turn": policy(alternating_flip=False, horizontal_flip=True),
+        "no shifts": policy(translate=0.0),
+        "full size throughout": less(small_scale=1.0),
+    }
+
+
+def ablation(epochs: int = 6) -> pd.DataFrame:
+    "fast-cnn without one ingredient at a time, on the training images of CIFAR-10, judged by the validation images."
+    splits, file = load("cifar10"), RESULTS / "cifar10" / "ablation.json"
+    recipe = starting_recipe("fast-cnn", epochs=epochs)
+    rows = kept_rows(file, recipe)
+    for name, (own, change) in ingredients(recipe).items():
+        if name not in {row["ingredient"] for row in rows}:
+            print(name, file=sys.stderr)
+            rows.append({"ingredient": name, **one_training(splits.train, splits.validation, splits.num_classes, own, change)})
+            write_json(file, {"recipe": recipe.to_dict(), "training_images": len(splits.train), "validation_images": len(splits.validation),
+                              "trainings": rows, "provenance": provenance(splits, seed=recipe.seed)})
+    return pd.DataFrame(rows)[["ingredient", "seconds", "plain", "six_views"]]
+
+
 def bench(what: str = "speed", *numbers: str) -> None:
-    "Measure one of the two and print a table."
-    measures = {"speed": speed, "accuracy": accuracy}
+    "Measure one of them and print a table."
+    measures = {"speed": speed, "accuracy": accuracy, "ablation": ablation}
     if what not in measures or not all(number.isdecimal() for number in numbers):
         raise Problem(f"bench_training.py {' '.join([what, *numbers])}: expected {' or '.join(measures)}, then whole numbers.")
     print(measures[what](*map(int, numbers)).round(4).to_string(index=False))
