@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import numpy as np
 import pandas as pd
 
-from .evaluation import Predictor, check_images
+from .evaluation import Predictor, check_images, wilson_interval
 from .explanation_scores import bootstrap_interval, check_maps, energy_share
 
 # %% ../nbs/shortcuts.ipynb #e6c00007
@@ -55,18 +55,32 @@ def _chosen(predicted: np.ndarray, num_classes: int, most: int, rng: np.random.G
 _ROWS, _COLUMNS = ("top", "middle", "bottom"), ("left", "center", "right")
 
 
-def _places(boxes: np.ndarray, size: tuple[int, int]) -> pd.Series:
+def _places(boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     "In which ninth of the image each box has its center, in words."
     x, y = ((boxes[:, axis] + boxes[:, axis + 2]) * 3 // (2 * side) for axis, side in ((0, size[1]), (1, size[0])))
-    return pd.Series([f"{_ROWS[row]} {_COLUMNS[column]}" for row, column in zip(y, x)], dtype=object)
+    return np.array([f"{_ROWS[row]} {_COLUMNS[column]}" for row, column in zip(y, x)])
 
 
-def _permutation_p(values: np.ndarray, own: np.ndarray, rng: np.random.Generator, repeats: int = 1000) -> float:
-    "How often a random group of the size of `own` has at least its mean."
+def _stays(places: np.ndarray, own: np.ndarray) -> dict:
+    "The place at which a class has its pieces more often than the others have, and the lower end of the interval of that difference."
     if not own.any() or own.all():
-        return float("nan")
-    means = np.array([rng.permutation(values)[:own.sum()].mean() for _ in range(repeats)])
-    return float((1 + (means >= values[own].mean() - 1e-12).sum()) / (repeats + 1))
+        return {"place": "", "stays": float("nan"), "stays_low": float("nan")}
+    others = {place: float((places[~own] == place).mean()) for place in sorted(set(places[own]))}
+    place = max(others, key=lambda each: (places[own] == each).mean() - others[each])
+    there = int((places[own] == place).sum())
+    return {"place": place, "stays": there / own.sum() - others[place], "stays_low": wilson_interval(there, own.sum())[0] - others[place]}
+
+
+def _drops(predictor: Predictor, images: np.ndarray, boxes: np.ndarray, rows: np.ndarray, fillers: np.ndarray, label: int) -> np.ndarray:
+    "What the class loses, in each of some images, when the piece is covered with what the fillers have there."
+    losses = []
+    for row in rows if len(fillers) else ():
+        left, top, right, bottom = boxes[row]
+        covered = np.repeat(images[row:row + 1], len(fillers) + 1, axis=0)
+        covered[1:, top:bottom, left:right] = images[fillers, top:bottom, left:right]
+        before, *after = predictor(covered)[:, label]
+        losses.append(before - np.mean(after))
+    return np.array(losses)
 
 # %% ../nbs/shortcuts.ipynb #e6c0000d
 def _lifts(answers: np.ndarray, donors: np.ndarray, recipients: np.ndarray, label: int) -> np.ndarray:
@@ -76,36 +90,53 @@ def _lifts(answers: np.ndarray, donors: np.ndarray, recipients: np.ndarray, labe
     return own.mean(axis=1) - foreign.mean() if own.size and foreign.size else np.empty(0)
 
 
+def _summary(name: str, values: np.ndarray) -> dict[str, float]:
+    "Mean and lower end of the interval, under the name."
+    return {name: float(np.mean(values)) if len(values) else float("nan"),
+            f"{name}_low": bootstrap_interval(values)[0] if len(values) >= 3 else float("nan")}
+
+
+def _border(maps: np.ndarray, own: np.ndarray, rng: np.random.Generator, repeats: int = 500) -> dict[str, float]:
+    "Energy in the frame of the image, of a class and of all others, and how often a random group of its size has as much."
+    height, width = maps.shape[1:]
+    frame = np.ones((height, width), bool)
+    frame[height // 8:height - height // 8, width // 8:width - width // 8] = False
+    values = np.nan_to_num(energy_share(maps, frame))
+    if not own.any() or own.all():
+        return {"border": float("nan"), "border_of_others": float("nan"), "p": float("nan")}
+    means = np.array([rng.permutation(values)[:own.sum()].mean() for _ in range(repeats)])
+    return {"border": values[own].mean(), "border_of_others": values[~own].mean(),
+            "p": (1 + (means >= values[own].mean() - 1e-12).sum()) / (repeats + 1)}
+
+# %% ../nbs/shortcuts.ipynb #e6c00015
 def find_shortcuts(
     predictor: Predictor,          # what is examined
     images: np.ndarray,            # (N, H, W, 3) uint8
     maps: np.ndarray,              # (N, H, W) heat maps of the predicted classes
     classes: Iterable[str],        # class names
     *,
-    least: float = 0.25,           # lift at which a class is flagged
+    least_lift: float = 0.25,      # probability that a piece adds anywhere
+    least_stay: float = 0.5,       # share of the pieces at one place, beyond that of other classes
+    least_drop: float = 0.05,      # probability that is lost when these are covered
     donors: int = 20,              # images a class whose pieces are tried, at most
     recipients: int = 40,          # images that each piece is glued into
     side: int | None = None,       # of the pieces, in pixels; None: a quarter of the shorter side
     seed: int = 0,
-) -> pd.DataFrame:                 # a row per class, the highest lift first
-    "Which classes hang on a small piece that works in any image."
+) -> pd.DataFrame:                 # a row per class, the flagged ones first, then by lift
+    "Which classes hang on a small piece that works in any image, or on one that never moves."
     images, classes, rng = check_images(images), list(classes), np.random.default_rng(seed)
     maps, size = check_maps(maps, images), images.shape[1:3]
     if len(classes) < 2:
         raise ValueError(f"classes: expected two or more, got {len(classes)}")
     predicted = np.asarray(predictor(images)).argmax(axis=1)
-    boxes = strongest_windows(maps, side or max(1, round(min(size) / 4)))
+    boxes = strongest_windows(maps, max(1, round(min(size) / 4)) if side is None else side)
     cut, into = _chosen(predicted, len(classes), donors, rng), rng.permutation(len(images))[:recipients]
-    answers, places = transplant(predictor, images, boxes, cut, into), _places(boxes, size)
-    frame = np.ones(size, bool)
-    frame[size[0] // 8:size[0] - size[0] // 8, size[1] // 8:size[1] - size[1] // 8] = False
-    border, rows = np.nan_to_num(energy_share(maps, frame)), []
+    answers, places, rows = transplant(predictor, images, boxes, cut, into), _places(boxes, size), []
     for label, name in enumerate(classes):
-        own, lifts = predicted == label, _lifts(answers, predicted[cut], predicted[into], label)
-        low, high = bootstrap_interval(lifts) if len(lifts) >= 3 else (float("nan"), float("nan"))
-        common = places[own].value_counts()
-        rows.append({"class": name, "n": int(own.sum()), "lift": lifts.mean() if len(lifts) else float("nan"), "low": low, "high": high,
-                     "flag": low > least, "place": common.index[0] if len(common) else "", "same place": common.iloc[0] / own.sum() if len(common) else float("nan"),
-                     "border": border[own].mean() if own.any() else float("nan"), "border of others": border[~own].mean() if not own.all() else float("nan"),
-                     "p": _permutation_p(border, own, rng)})
-    return pd.DataFrame(rows).sort_values("lift", ascending=False, kind="stable", ignore_index=True)
+        own = predicted == label
+        row = {"class": name, "n": int(own.sum()), "flag": False} | _summary("lift", _lifts(answers, predicted[cut], predicted[into], label))
+        row |= _stays(places, own)
+        row |= _summary("drop", _drops(predictor, images, boxes, cut[predicted[cut] == label], into[predicted[into] != label][:8], label))
+        row["flag"] = bool(row["lift_low"] > least_lift or (row["stays_low"] > least_stay and row["drop_low"] > least_drop))
+        rows.append(row | _border(maps, own, rng))
+    return pd.DataFrame(rows).sort_values(["flag", "lift"], ascending=False, kind="stable", ignore_index=True)
