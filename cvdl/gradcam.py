@@ -89,33 +89,35 @@ def _enlarge(
     return _scaled(tf.image.resize(np.asarray(maps)[..., None], size, method="bilinear").numpy()[..., 0])
 
 # %% ../nbs/06_gradcam.ipynb #fe6f3a77
-def _class_scores(model):
-    "The Keras tensor of the scores before the softmax."
-    last, names = model.layers[-1], [layer.name for layer in model.layers]
-    scores = model.outputs[0]
-    if "logits" in names:
-        scores = model.get_layer("logits").output
-    elif isinstance(last, keras.layers.Softmax | keras.layers.Activation):
-        scores = last.input
-    elif isinstance(last, keras.layers.Dense):  # its own variables, so that the scores follow when they change
-        scores = keras.ops.matmul(last.input, last.kernel)
+@lru_cache(maxsize=8)
+def _graph(model):
+    "What each layer returns, by its name, and the scores before the softmax: Keras tensors over `model.inputs`."
+    outputs, tensor = {}, model.inputs[0]
+    for layer in model.layers:  # the layers of a Sequential that was read from a file remember a graph of their own
+        tensor = layer(tensor) if isinstance(model, keras.Sequential) else layer.output
+        outputs[layer.name] = tensor
+    last, into = model.layers[-1], [*model.inputs, *outputs.values()][-2] if isinstance(model, keras.Sequential) else model.layers[-1].input
+    scores = outputs.get("logits", tensor)
+    if "logits" not in outputs and isinstance(last, keras.layers.Softmax | keras.layers.Activation):
+        scores = into
+    elif "logits" not in outputs and isinstance(last, keras.layers.Dense):  # its own variables, so that the scores follow them
+        scores = keras.ops.matmul(into, last.kernel)
         scores = scores if last.bias is None else keras.ops.add(scores, last.bias)
     if len(model.inputs) != 1 or len(model.outputs) != 1 or len(scores.shape) != 2 or scores.shape[1] < 2:
         raise ValueError(f"model: expected one input and scores of two classes or more, {model.name!r} gives {scores.shape}")
-    return scores
+    return outputs, scores
 
 
 def _cut(model, layer=None):
     "`model` up to its class scores, in front of them the feature maps of `layer`."
+    outputs, scores = _graph(model)
     if layer is None:
-        return keras.Model(model.inputs, _class_scores(model))
-    names = [each.name for each in model.layers]
-    if layer not in names:
-        raise ValueError(f"layer: expected a layer of {model.name!r}, such as {', '.join(names[-4:])}, got {layer!r}")
+        return keras.Model(model.inputs, scores)
+    if layer not in outputs:
+        raise ValueError(f"layer: expected a layer of {model.name!r}, such as {', '.join([*outputs][-4:])}, got {layer!r}")
     if not _is_map(model.get_layer(layer)):
-        raise ValueError(f"layer: expected an output (N, h, w, C) with more than one position, "
-                         f"{layer!r} has {model.get_layer(layer).output.shape}")
-    return keras.Model(model.inputs, [model.get_layer(layer).output, _class_scores(model)])
+        raise ValueError(f"layer: expected an output (N, h, w, C) with more than one position, {layer!r} has {outputs[layer].shape}")
+    return keras.Model(model.inputs, [outputs[layer], scores])
 
 
 _predictor = lru_cache(maxsize=8)(keras_predictor)  # compiled once for a model, not once for a call
@@ -123,7 +125,7 @@ _predictor = lru_cache(maxsize=8)(keras_predictor)  # compiled once for a model,
 
 def _prepared(model, images, class_indices):
     "Images that fit the model, and one class index for each of them."
-    images, num_classes = check_images(images), _class_scores(model).shape[1]
+    images, num_classes = check_images(images), _graph(model)[1].shape[1]
     if not tf.TensorShape((None, *model.input_shape[1:])).is_compatible_with(images.shape):
         raise ValueError(f"images: expected shape (N, {', '.join(map(str, model.input_shape[1:]))}), got {images.shape}")
     if class_indices is None:
