@@ -274,12 +274,13 @@ def smooth_grad(
         raise ValueError(f"model: expected an input of floats, which have a gradient, {model.name!r} takes {model.inputs[0].dtype}")
     if samples < 1 or noise < 0:
         raise ValueError(f"samples, noise: expected at least 1 copy and noise of 0 or more, got {samples} and {noise}")
-    rng, maps = np.random.default_rng(seed), []
-    for part in (slice(start, start + batch_size) for start in range(0, len(images), batch_size)):
-        pixels = images[part].astype(np.float32)
+    maps = []
+    for start in range(0, len(images), batch_size):
+        pixels = images[start:start + batch_size].astype(np.float32)
         deviation = noise * np.ptp(pixels, axis=(1, 2, 3), keepdims=True)
-        copies = (np.clip(pixels + deviation * rng.standard_normal(pixels.shape, np.float32), 0, 255) for _ in range(samples))
-        maps.append(sum(_gradient_size(model, copy, classes[part]) for copy in copies))
+        streams = [np.random.default_rng([seed, start + index]) for index in range(len(pixels))]  # an image's noise is its own
+        copies = (np.stack([stream.standard_normal(pixels.shape[1:], np.float32) for stream in streams]) for _ in range(samples))
+        maps.append(sum(_gradient_size(model, np.clip(pixels + deviation * copy, 0, 255), classes[start:start + batch_size]) for copy in copies))
     return _scaled(np.concatenate(maps))
 
 
