@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCORES', 'check_maps', 'check_masks', 'check_class_indices', 'baseline_maps', 'perturbation_curves', 'curve_area',
-           'confidence_changes', 'energy_share', 'pointing_game', 'score_explanations', 'bootstrap_interval',
-           'method_table', 'format_table', 'map_similarity', 'cascade', 'verdict']
+           'confidence_changes', 'energy_share', 'pointing_game', 'score_explanations', 'mean_interval', 'method_table',
+           'format_table', 'map_similarity', 'cascade', 'verdict']
 
 # %% ../nbs/explanation_scores.ipynb #e5c00004
 from collections.abc import Callable, Mapping
@@ -200,7 +200,7 @@ def score_explanations(
     return pd.DataFrame(scores)
 
 
-def bootstrap_interval(
+def mean_interval(
     values: np.ndarray,          # (N,) one per image; NaN is left out
     *,
     confidence: float = 0.95,
@@ -224,7 +224,7 @@ def method_table(
     lengths = {name: len(each) for name, each in scores.items()}
     if len(set(lengths.values())) != 1:
         raise ValueError(f"scores: expected the same images for all methods, got {lengths}")
-    rows = [(method, name, each[name].mean(), *bootstrap_interval(each[name]), int(each[name].notna().sum()))
+    rows = [(method, name, each[name].mean(), *mean_interval(each[name]), int(each[name].notna().sum()))
             for method, each in scores.items() for name in each]
     return pd.DataFrame(rows, columns=["method", "score", "mean", "low", "high", "n"])
 
@@ -280,7 +280,7 @@ def cascade(
             _shuffle(layer, rng)
             if number in stops:
                 alike = map_similarity(original, np.nan_to_num(explain(images, class_indices)))
-                rows.append((layer.name, number, alike["correlation"].mean(), *bootstrap_interval(alike["correlation"]), alike["ssim"].mean()))
+                rows.append((layer.name, number, alike["correlation"].mean(), *mean_interval(alike["correlation"]), alike["ssim"].mean()))
     finally:
         model.set_weights(kept)
     return pd.DataFrame(rows, columns=["layer", "randomized", "correlation", "low", "high", "ssim"])
@@ -302,7 +302,7 @@ def verdict(
     for method in (name for name in scores if name not in baselines):
         wins, loses = [], []
         for name in scores[method]:
-            ends = [bootstrap_interval(SCORES[name] * (scores[method][name] - scores[other][name]), seed=seed) for other in baselines]
+            ends = [mean_interval(SCORES[name] * (scores[method][name] - scores[other][name]), seed=seed) for other in baselines]
             if all(low > 0 for low, _ in ends):
                 wins.append(name)
             elif any(high < 0 for _, high in ends):

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from .evaluation import Predictor, check_images, wilson_interval
-from .explanation_scores import bootstrap_interval, check_maps, energy_share
+from .explanation_scores import mean_interval, check_maps, energy_share
 
 # %% ../nbs/shortcuts.ipynb #e6c00007
 def strongest_windows(
@@ -93,7 +93,7 @@ def _lifts(answers: np.ndarray, donors: np.ndarray, recipients: np.ndarray, labe
 def _summary(name: str, values: np.ndarray) -> dict[str, float]:
     "Mean and lower end of the interval, under the name."
     return {name: float(np.mean(values)) if len(values) else float("nan"),
-            f"{name}_low": bootstrap_interval(values)[0] if len(values) >= 3 else float("nan")}
+            f"{name}_low": mean_interval(values)[0] if len(values) >= 3 else float("nan")}
 
 
 def _border(maps: np.ndarray, own: np.ndarray, rng: np.random.Generator, repeats: int = 500) -> dict[str, float]:

@@ -135,9 +135,9 @@ class Recipe:
 _TRANSFERRED = {"head_epochs": 5, "optimizer": "adam", "learning_rate": 3e-4, "weight_decay": 0.0, "batch_size": 64}
 _STARTS = {
     "baseline": {"learning_rate": 0.1, "weight_decay": 5e-3, "batch_size": 64},
-    "fast-cnn": {"epochs": 11, "small_scale": 0.75, "filters": (64, 256, 256), "optimizer": "muon", "schedule": "linear", "learning_rate": 0.15, "warmup_epochs": 0.0,
+    "fast-cnn": {"epochs": 12, "small_scale": 0.75, "filters": (64, 256, 256), "optimizer": "muon", "schedule": "linear", "learning_rate": 0.15, "warmup_epochs": 0.0,
                  "batch_size": 500, "weight_decay": 0.0, "label_smoothing": 0.2, "dropout": 0.0,
-                 "policy": dataclasses.replace(Policy.none(), alternating_flip=True, translate=0.0625)},
+                 "policy": dataclasses.replace(Policy.none(), alternating_flip=True, translate=0.0625, cutout=0.25)},
 }
 
 

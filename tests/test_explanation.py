@@ -10,7 +10,7 @@ from cvdl.evaluation import keras_predictor
 from cvdl.explanation_scores import (
     SCORES,
     baseline_maps,
-    bootstrap_interval,
+    mean_interval,
     cascade,
     check_maps,
     confidence_changes,
@@ -240,15 +240,15 @@ def test_average_drop_by_hand():
 
 def test_interval_agrees_with_the_normal_distribution_and_leaves_nan_out():
     values = np.append(np.random.default_rng(1).normal(2, 3, 500), np.nan)
-    low, high = bootstrap_interval(values)
+    low, high = mean_interval(values)
     error = np.nanstd(values) / np.sqrt(500)
     np.testing.assert_allclose([low, high], [np.nanmean(values) - 1.96 * error, np.nanmean(values) + 1.96 * error], atol=0.3 * error)
-    assert np.isnan(bootstrap_interval(np.array([1.0, np.nan]))).all()
+    assert np.isnan(mean_interval(np.array([1.0, np.nan]))).all()
 
 
 def test_interval_covers_the_truth_as_often_as_it_says():
     rng = np.random.default_rng(0)
-    covered = [low <= 0 <= high for low, high in (bootstrap_interval(rng.normal(size=60), resamples=400) for _ in range(150))]
+    covered = [low <= 0 <= high for low, high in (mean_interval(rng.normal(size=60), resamples=400) for _ in range(150))]
     assert 0.88 <= np.mean(covered) <= 0.99
 
 
