@@ -43,6 +43,11 @@ def test_table_with_joined_cells_is_left_alone():
     assert "number" not in staged and "td > b" in staged and 'class="dataframe"' in staged
 
 
+def test_table_with_a_style_of_its_own_keeps_it():
+    html = '<style>table.cm td > span {display: none}</style><table class="cm"><tr><td>1<span>one of 2</span></td></tr></table>'
+    assert stage_table(html).replace("&gt;", ">") == html
+
+
 @pytest.mark.parametrize("text, columns", [("one sentence. Another one\n", False), ("  indented\n", False), ("--data <str>    what to load\n", True)])
 def test_printed_columns_are_marked(text, columns):
     cell = stage_cell(new_code_cell("x", outputs=[new_output("stream", name="stdout", text=text)]), "lab", listed())

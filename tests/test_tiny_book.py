@@ -301,3 +301,14 @@ def test_folded_code_opens(browse):
     assert not folded.locator("pre").first.is_visible()
     folded.locator("summary").click()
     assert folded.locator("pre").first.is_visible()
+
+
+def test_confusion_matrix_answers_below_itself(browse):
+    for width in (1280, 390):
+        tab = browse("nbs/05_evaluation.html", width=width)
+        tab.mouse.move(0, 0)
+        assert tab.locator("table.cm td > span:visible").count() == 0
+        tab.locator("table.cm td:has(span)").last.hover()
+        answer, matrix = tab.locator("table.cm td > span:visible"), tab.locator("table.cm").last
+        assert answer.count() == 1 and " called " in answer.inner_text()
+        assert answer.bounding_box()["y"] >= matrix.bounding_box()["y"] + matrix.bounding_box()["height"] - 1, "it hides no cell"

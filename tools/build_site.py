@@ -98,9 +98,11 @@ def fold_title(
 def stage_table(
     html: str,
 ) -> str:
-    "Mark the cells of columns that hold numbers only, so that the style sheet can put digits below digits."
+    "Mark the cells of columns that hold numbers only, so that the style sheet can put digits below digits; a table with a class of its own stays."
     soup = BeautifulSoup(html, "html.parser")
     for table in soup.find_all("table"):
+        if set(table.get("class", [])) - {"dataframe"}:
+            continue
         table["class"] = ["dataframe"]  # also where pandas' styles leave it bare
         rows = [row.find_all(["th", "td"]) for row in table.find_all("tr")]
         body = [row for row in rows if any(cell.name == "td" for cell in row)]
