@@ -31,6 +31,7 @@ import keras
 import numpy as np
 import pandas as pd
 import tensorflow as tf
+from scipy.ndimage import gaussian_filter1d
 from tqdm.auto import tqdm
 
 from .augmentation import Policy, augment_batch
@@ -815,21 +816,24 @@ def learning_rate_range(
     for rate, (pixels, targets) in zip(np.geomspace(lowest, highest, steps), stream):
         model.optimizer.learning_rate = rate
         model.reset_metrics()
-        rows.append({"learning_rate": rate, "loss": float(model.train_on_batch(pixels, targets)[0])})
-        if diverged(rows[-1]["loss"], splits.num_classes):
+        loss = float(model.train_on_batch(pixels, targets)[0])
+        if math.isfinite(loss):
+            rows.append({"learning_rate": rate, "loss": loss})
+        if diverged(loss, splits.num_classes):
             break
     for i, variable in enumerate(model.variables):
         variable.assign(before[f"model_{i}"])
-    frame = pd.DataFrame(rows)
-    return frame.assign(smoothed=frame["loss"].ewm(alpha=0.2).mean())
+    frame = pd.DataFrame(rows, columns=["learning_rate", "loss"])   # smoothed from both sides: the first losses are as noisy as the others
+    return frame.assign(smoothed=gaussian_filter1d(frame["loss"], sigma=max(1.0, steps / 25), mode="nearest"))
 
 
 def steepest_rate(
     frame: pd.DataFrame,              # from `learning_rate_range`
 ) -> float:
     "The learning rate at which the smoothed loss falls fastest; NaN where it never falls."
+    if len(frame) < 2:
+        return math.nan
     slope = np.gradient(frame["smoothed"], np.log(frame["learning_rate"]))
-    slope = np.where(np.isfinite(slope), slope, 0.0)
     return float(frame["learning_rate"].iloc[slope.argmin()]) if slope.min() < 0 else math.nan
 
 
@@ -849,8 +853,9 @@ def plot_learning_rate_range(
     ax.axvline(steepest_rate(frame), linestyle=":", color="tab:orange", label=f"steepest: {steepest_rate(frame):.1g}")
     if chosen is not None:
         ax.axvline(chosen, linestyle="--", color="gray", label=f"recipe: {chosen:.1g}")
-    start = frame["smoothed"].iloc[0]
-    ax.set(xscale="log", xlabel="learning rate", ylabel="loss", ylim=(0.9 * frame["smoothed"].min(), 1.5 * start))
+    ax.set(xscale="log", xlabel="learning rate", ylabel="loss")
+    if len(frame):
+        ax.set_ylim(0.9 * frame["smoothed"].min(), 1.5 * frame["smoothed"].iloc[0])
     ax.legend(fontsize="small")
     return ax
 
