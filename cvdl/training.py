@@ -811,7 +811,7 @@ def learning_rate_range(
         raise ValueError(f"lowest: expected a positive rate below highest = {highest}, got {lowest}")
     batch_size, rows = min(recipe.batch_size, len(splits.train)), []
     stream, _ = training_stream(splits.train, splits.num_classes, policy=recipe.policy, batch_size=batch_size, seed=recipe.seed, epochs=10**6)
-    before = collect(model) if not model.compiled else {name: value for name, value in collect(model).items() if name.startswith("model_")}
+    before = collect(model)
     compile_model(model, dataclasses.replace(recipe, schedule="constant", epochs=max(recipe.epochs, 1)), steps=steps)
     for rate, (pixels, targets) in zip(np.geomspace(lowest, highest, steps), stream):
         model.optimizer.learning_rate = rate
