@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from .evaluation import Predictor, check_images, wilson_interval
-from .explanation_scores import mean_interval, check_maps, energy_share
+from .explanation_scores import check_maps, energy_share, mean_interval
 
 # %% ../nbs/shortcuts.ipynb #e6c00007
 def strongest_windows(
