@@ -40,6 +40,7 @@ def classification_head(
     *,
     dropout: float = 0.0,         # share of pooled features dropped before the dense layer
     pooling: str = "average",     # over all positions; or "max"
+    kernel_initializer="glorot_uniform",   # of the dense layer
 ):                                # (N, num_classes) float32 Keras tensor, rows sum to 1
     "Global pooling, dropout, the dense layer `logits` and a float32 softmax `probabilities`."
     if num_classes < 2:
@@ -49,7 +50,7 @@ def classification_head(
     pool = layers.GlobalAveragePooling2D if pooling == "average" else layers.GlobalMaxPooling2D
     x = pool(name="pooled_features")(features)
     x = layers.Dropout(dropout, name="head_dropout")(x) if dropout else x
-    x = layers.Dense(num_classes, name="logits")(x)
+    x = layers.Dense(num_classes, kernel_initializer=kernel_initializer, name="logits")(x)
     return layers.Activation("softmax", dtype="float32", name="probabilities")(x)
 
 # %% ../nbs/02_baseline.ipynb #822e8e80
@@ -115,13 +116,16 @@ def fast_cnn(
     x = layers.ReLU(name="whitening_relu")(x)
     for group, channels in enumerate(filters, start=1):
         for i in (1, 2):
-            convolution = layers.Conv2D(channels, 3, padding="same", use_bias=False, name=f"group{group}_conv{i}")
+            start = keras.initializers.VarianceScaling(1 / 3, mode="fan_in", distribution="uniform")   # quieter than the copies beside it
+            convolution = layers.Conv2D(channels, 3, padding="same", use_bias=False, kernel_initializer=start, name=f"group{group}_conv{i}")
             x = convolution(x)
             _start_as_copy(convolution)
             x = layers.MaxPooling2D(name=f"group{group}_pool")(x) if i == 1 else x
             x = layers.BatchNormalization(momentum=0.6, epsilon=1e-5, name=f"group{group}_bn{i}")(x)   # short trainings, large batches
             x = layers.ReLU(name=f"group{group}_relu{i}")(x)
-    return keras.Model(inputs, classification_head(x, num_classes, dropout=dropout, pooling="max"), name="fast-cnn")
+    undecided = keras.initializers.RandomNormal(stddev=1 / 256)   # the first steps have no opinion to unlearn
+    outputs = classification_head(x, num_classes, dropout=dropout, pooling="max", kernel_initializer=undecided)
+    return keras.Model(inputs, outputs, name="fast-cnn")
 
 # %% ../nbs/02_baseline.ipynb #4ed6da3b
 def whiten(

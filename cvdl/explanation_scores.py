@@ -19,6 +19,7 @@ from scipy.ndimage import sobel
 from scipy.stats import bootstrap, rankdata
 
 from .evaluation import Predictor, check_images
+from .house import grayscale
 
 # %% ../nbs/explanation_scores.ipynb #e5c00007
 def check_maps(
@@ -79,7 +80,7 @@ def baseline_maps(
     noise = np.random.default_rng(seed).random((n, min(cells, height), min(cells, width)), dtype=np.float32)
     rows, columns = ((np.arange(side) + 0.5) / side - 0.5 for side in (height, width))
     blob = np.exp(-(rows[:, None] ** 2 + columns**2) / (2 * 0.25**2)).astype(np.float32)
-    gray = images @ np.float32([0.299, 0.587, 0.114])
+    gray = grayscale(images)
     edges = np.hypot(sobel(gray, axis=1), sobel(gray, axis=2))
     return {"random": np.stack([cv2.resize(each, (width, height), interpolation=cv2.INTER_LINEAR) for each in noise]),
             "center": np.broadcast_to(blob, (n, height, width)),

@@ -22,6 +22,7 @@ import tensorflow as tf
 from .data import Images, show_images
 from .evaluation import check_images, keras_predictor
 from .explanation_scores import check_class_indices, check_maps, energy_share
+from .house import grayscale
 from .shapes import show_rows
 
 with warnings.catch_warnings():  # tf-keras-vis 0.8.7 reaches SciPy's zoom by its old name
@@ -330,7 +331,7 @@ def overlay(
     images = check_images(images)
     maps = check_maps(maps, images)
     scale = max(1, -(-size // min(images.shape[1:3])))
-    gray = (images @ np.float32([0.299, 0.587, 0.114])).repeat(scale, axis=1).repeat(scale, axis=2)
+    gray = grayscale(images).repeat(scale, axis=1).repeat(scale, axis=2)
     width_height = gray.shape[2], gray.shape[1]
     large = np.stack([cv2.resize(each, width_height, interpolation=cv2.INTER_LINEAR) for each in maps])
     colors = plt.get_cmap(cmap)(large)[..., :3] * 255

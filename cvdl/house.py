@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DataError', 'Images', 'home', 'cache_folder', 'results_folder', 'models_folder', 'atomic', 'write_json', 'read_json',
-           'hardware', 'provenance', 'use_book_style', 'show_images']
+           'hardware', 'provenance', 'use_book_style', 'grayscale', 'show_images']
 
 # %% ../nbs/house.ipynb #a50005b7
 import json
@@ -224,6 +224,13 @@ def use_book_style() -> None:
         "axes.spines.top": False, "axes.spines.right": False, "axes.grid": False, "image.cmap": "viridis",
         "axes.prop_cycle": plt.cycler(color=["#2a6f97", "#e07a2f", "#4f9d69", "#b5446e", "#7a6fb0", "#8c7851"]),
     })
+
+
+def grayscale(
+    pixels: np.ndarray,  # (…, 3), red, green, blue
+) -> np.ndarray:         # (…) float32, in the same units
+    "How bright each pixel looks (the weights of ITU-R BT.601)."
+    return np.asarray(pixels, np.float32) @ np.float32([0.299, 0.587, 0.114])
 
 
 def show_images(

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import confusion_matrix
 
-from .house import Images, show_images
+from .house import Images, grayscale, show_images
 from .predictors import check_classes, check_labels, check_probabilities
 from .shapes import show_rows
 from .statistics import wilson_interval
@@ -301,7 +301,7 @@ def image_properties(
     found = {name: np.empty(len(images)) for name in ("brightness", "contrast", "detail")}
     for start in range(0, len(images), 512):  # large sets lie on disk
         part = slice(start, min(start + 512, len(images)))
-        gray = np.asarray(images.images[part], np.float32) @ np.float32([0.299, 0.587, 0.114]) / 255
+        gray = grayscale(images.images[part]) / 255
         found["brightness"][part], found["contrast"][part] = gray.mean(axis=(1, 2)), gray.std(axis=(1, 2))
         steps = [np.abs(np.diff(gray, axis=axis)).mean(axis=(1, 2)) if gray.shape[axis] > 1 else 0 for axis in (1, 2)]
         found["detail"][part] = (steps[0] + steps[1]) / 2

@@ -37,8 +37,10 @@ from tensorflow.python.framework.convert_to_constants import convert_variables_t
 from tqdm.auto import tqdm
 
 from .augmentation import Policy
+from .calibration import calibration_report
 from .data import Images
 from .evaluation import Predictor, check_images, evaluate, measure_latency, usable_threads
+from .statistics import non_inferiority
 from .transfer import recalibrate_batch_norm
 from .training import Recipe, compute_precision, training_stream
 
@@ -446,28 +448,36 @@ def measure_candidate(
     splits,                      # Splits: validation for choosing, test for reporting
     *,
     latency_repeats: int = 100,  # timed calls, one image each
-) -> dict:                       # sizes, accuracies, interval, n, latency
+    resamples: int = 1000,       # of the bootstrap behind the calibration error
+    seed: int = 0,
+) -> dict:                       # sizes, accuracies, interval, n, latency, calibration; hits: (N,) bool, which test images it gets right
     "Measure a TFLite file in its own runtime."
     predictor = tflite_predictor(path)
-    test = evaluate(predictor, splits.test, splits.classes)
+    validation, probabilities = (predictor(part.images) for part in (splits.validation, splits.test))
+    test = evaluate(probabilities, splits.test, splits.classes)
     latency = measure_latency(predictor, splits.validation.images, repeats=latency_repeats)
     return {
-        **file_size(path), "validation_accuracy": evaluate(predictor, splits.validation, splits.classes).accuracy,
+        **file_size(path), "validation_accuracy": evaluate(validation, splits.validation, splits.classes).accuracy,
         "accuracy": test.accuracy, "interval": list(test.interval), "n": test.n,
         "latency_ms": latency.median_ms, "latency": latency.to_dict(),
+        "calibration": calibration_report((validation, splits.validation.labels), (probabilities, splits.test.labels), resamples=resamples, seed=seed),
+        "hits": probabilities.argmax(axis=1) == splits.test.labels,
     }
 
 
 def compare_candidates(
-    measured: Mapping[str, list[dict]],   # model -> its candidates, the float32 original first
-) -> list[dict]:                          # one list, each candidate set against its original
-    "Add to every candidate how it compares with the float32 file of the same model."
+    measured: Mapping[str, list[dict]],   # model -> its candidates from `measure_candidate`, the float32 original first
+    *,
+    margin: float = 0.02,                 # the loss of accuracy that is to be ruled out
+) -> list[dict]:                          # one list, each candidate set against its original; `hits` stay behind
+    "Add to every candidate how it compares with the float32 file of the same model, image by image."
     compared = []
     for model, candidates in measured.items():
         original = candidates[0]
         for each in candidates:
             compared.append({
-                "model": model, **each, "float_accuracy": original["accuracy"],
+                "model": model, **{key: value for key, value in each.items() if key != "hits"}, "float_accuracy": original["accuracy"],
+                "within": non_inferiority(each["hits"], original["hits"], margin=margin).to_dict(),
                 "accuracy_change": 100 * (each["accuracy"] - original["accuracy"]),
                 "validation_change": 100 * (each["validation_accuracy"] - original["validation_accuracy"]),
                 "ratio": original["bytes"] / each["bytes"],

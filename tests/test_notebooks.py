@@ -146,7 +146,7 @@ def test_foundations_import_no_chapter(name):
     assert imported(ROOT / "cvdl" / f"{name}.py") <= set(FOUNDATIONS) - {name}
 
 
-@notebooks
+@chapters   # an appendix runs whole, and as it is, in the book of test_tiny_book
 def test_lesson_cells_pass(path):
     run(BIN / "nbdev_test", "--path", path, "--n_workers", 1)
 
