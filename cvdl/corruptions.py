@@ -38,9 +38,10 @@ STRENGTHS = {  # at 32 pixels, at 224 pixels
     "pixelate": ((0.90, 0.80, 0.70, 0.60, 0.45), (0.60, 0.50, 0.40, 0.30, 0.25)),        # share of the side that is left
     "jpeg": ((80, 65, 50, 40, 30), (25, 18, 15, 10, 7)),                                 # quality
     "saturate": ((1.5, 2.0, 2.5, 3.5, 5.0), (2, 3, 5, 10, 20)),                          # factor of the saturation
+    "glass blur": ((0.5, 0.7, 0.9, 1.2, 1.6), (1.5, 2.2, 3.0, 4.0, 5.5)),                # how far light wanders, pixels
 }
 FAMILIES = {"noise": ("gaussian noise", "shot noise", "impulse noise", "speckle noise"),
-            "blur": ("gaussian blur", "defocus blur", "motion blur", "zoom blur"),
+            "blur": ("gaussian blur", "defocus blur", "motion blur", "zoom blur", "glass blur"),
             "weather": ("fog", "snow", "spatter", "brightness"),
             "digital": ("contrast", "elastic", "pixelate", "jpeg", "saturate")}
 
@@ -115,6 +116,16 @@ def _zoom_blur(x, c, rng):
     center = ((width - 1) / 2, (height - 1) / 2)
     turns = [cv2.getRotationMatrix2D(center, 0, 1 + nearer) for nearer in np.linspace(0, c, 8)]
     return np.stack([np.mean([cv2.warpAffine(image, turn, (width, height), borderMode=cv2.BORDER_REFLECT_101) for turn in turns], axis=0) for image in x])
+
+
+def _glass_blur(x, c, rng):
+    "Every pixel shows a random place near it, as behind frosted glass; blurred before and after."
+    down, across = np.mgrid[: x.shape[1], : x.shape[2]].astype(np.float32)
+    shifts = c * rng.uniform(-1, 1, (2, *x.shape[:3])).astype(np.float32)
+    x = gaussian_filter(x, (0, 0.3 * c, 0.3 * c, 0), mode="mirror")
+    x = np.stack([cv2.remap(image, across + over, down + under, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
+                  for image, under, over in zip(x, *shifts)])
+    return gaussian_filter(x, (0, 0.3 * c, 0.3 * c, 0), mode="mirror")
 
 # %% ../nbs/corruptions.ipynb #c5dcbd4c
 def _plasma(shape, rng):

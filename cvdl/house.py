@@ -41,11 +41,12 @@ class Images:
     digests: np.ndarray | None = None  # (N,) uint64, hash of the pixels
     sizes: np.ndarray | None = None    # (N, 2) int32, height and width of the file's own image
     patches: np.ndarray | None = None  # (N, 4) int32: left, top, right, bottom of a planted patch; zeros where there is none
+    columns: np.ndarray | None = None  # (N,) structured: what else the user's table says of each, a float or str field a column
 
     def __post_init__(self):
         if self.images.ndim != 4 or self.images.shape[-1] != 3 or self.images.dtype != np.uint8:
             raise ValueError(f"images: expected (N, H, W, 3) uint8, got {self.images.shape} {self.images.dtype}")
-        for name in ("labels", "ids", "masks", "groups", "digests", "sizes", "patches"):
+        for name in ("labels", "ids", "masks", "groups", "digests", "sizes", "patches", "columns"):
             value = getattr(self, name)
             if value is not None and len(value) != len(self.images):
                 raise ValueError(f"{name}: expected {len(self.images)}, one per image, got {len(value)}")

@@ -296,8 +296,8 @@ def accuracy_by_group(
 # %% ../nbs/mistakes.ipynb #adf2debd
 def image_properties(
     images: Images,             # any images
-) -> dict[str, np.ndarray]:     # property -> (N,) float
-    "Brightness and contrast (0 to 1), detail, and, where they are known, the share of the object and the side of the file's own image."
+) -> dict[str, np.ndarray]:     # property -> (N,) float; a text from the user's table: (N,) object, None where it is missing
+    "Brightness and contrast (0 to 1), detail, and, where known, the share of the object, the side of the file's own image, and the user's columns."
     found = {name: np.empty(len(images)) for name in ("brightness", "contrast", "detail")}
     for start in range(0, len(images), 512):  # large sets lie on disk
         part = slice(start, min(start + 512, len(images)))
@@ -309,6 +309,9 @@ def image_properties(
         found["object size"] = np.asarray(images.masks).mean(axis=(1, 2))
     if images.sizes is not None:
         found["side of the file"] = np.sqrt(np.prod(np.asarray(images.sizes, float), axis=1))
+    for name in images.columns.dtype.names if images.columns is not None else ():
+        values = images.columns[name]
+        found[f"{name} (table)" if name in found else name] = values if values.dtype.kind == "f" else np.where(values == "", None, values.astype(object))
     return found
 
 

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'SUFFIXES', 'UNREADABLE', 'MAX_BYTES', 'TABLES', 'PARTS', 'CACHE_BYTES', 'fit', 'decode_image', 'Source',
-           'read_file', 'is_table', 'open_source', 'class_folders', 'label_table', 'read_table', 'labeled_files',
-           'LazyPixels', 'content_digests', 'digests_of', 'FilePixels', 'Pool', 'common_size', 'read_pixels']
+           'read_file', 'is_table', 'open_source', 'class_folders', 'label_table', 'further_columns', 'read_table',
+           'labeled_files', 'LazyPixels', 'content_digests', 'digests_of', 'FilePixels', 'Pool', 'common_size',
+           'read_pixels']
 
 # %% ../nbs/reading.ipynb #7873f0ba
 import copy
@@ -417,16 +418,17 @@ def class_folders(
     return pd.DataFrame(dict(zip(_COLUMNS, (rows, labels, parts, ""), strict=True)), dtype=object), strays  # the strings of `names`, no copies
 
 # %% ../nbs/reading.ipynb #d3e60cf3
+_FURTHER = "column "   # before the name of a column that the user added, so that it may be called anything
 _NAME_COLUMNS, _LABEL_COLUMNS = ("path", "file_name", "filename", "file", "image"), ("label", "class", "category", "target")
 
 
 def label_table(
-    frame: pd.DataFrame,     # as it was read; columns path,label[,split][,group] or file_name,label
+    frame: pd.DataFrame,     # as it was read; columns path,label[,split][,group] or file_name,label, and any others
     where: str,              # name of the file, for messages
     *,
     prefix: str = "",        # put before each path
     part: str = "train",     # of rows where the table has no split
-) -> pd.DataFrame:           # name, label, part, group
+) -> pd.DataFrame:           # name, label, part, group; then the others, "column " before their names
     "A user's table in the form that `class_folders` returns; `DataError` names the column or the row that is wrong."
     columns = {str(column).strip().lower(): column for column in frame}
 
@@ -447,7 +449,30 @@ def label_table(
     groups = frame[columns["group"]].fillna("").astype(str) if "group" in columns else ""
     labels = labels.astype(int) if pd.api.types.is_float_dtype(labels) and (labels % 1 == 0).all() else labels
     names = [prefix + name.replace("\\", "/") for name in names.astype(str)]
-    return pd.DataFrame({"name": names, "label": labels.astype(str), "part": parts.map(PARTS), "group": groups})
+    used = {next(columns[name] for name in each if name in columns) for each in (_NAME_COLUMNS, _LABEL_COLUMNS)}
+    used |= {columns.get("split"), columns.get("group")}
+    others = frame[[column for column in frame if column not in used and not str(column).startswith("Unnamed: ")]]
+    return pd.DataFrame({"name": names, "label": labels.astype(str), "part": parts.map(PARTS), "group": groups}).join(others.add_prefix(_FURTHER))
+
+
+def further_columns(
+    table: pd.DataFrame,     # from `label_table`
+    *,
+    most: int = 1000,        # different values of a text; more are no groups
+) -> np.ndarray | None:      # (N,) structured, a float or str field a column
+    "What a user's table says of each image beyond its label; texts that hardly repeat are left out. A missing text is empty."
+    kept = {}
+    for name in (name for name in table if str(name).startswith(_FURTHER)):
+        numeric = pd.api.types.is_numeric_dtype(table[name]) and not pd.api.types.is_bool_dtype(table[name])
+        values = table[name].to_numpy(float, na_value=np.nan) if numeric else table[name].astype(object).where(table[name].notna(), "").to_numpy(str)
+        if numeric or len(np.unique(values)) <= min(most, max(len(values) // 2, 12)):
+            kept[name.removeprefix(_FURTHER)] = values
+    if not kept:
+        return None
+    columns = np.empty(len(table), [(name, values.dtype) for name, values in kept.items()])
+    for name, values in kept.items():
+        columns[name] = values
+    return columns
 
 
 def read_table(
@@ -619,7 +644,7 @@ def _hash_file(path: Path) -> bytes:
 def _hash_files(source: Source, path: Path, table: pd.DataFrame, left_out: Sequence[tuple[str, str]]) -> bytes:
     "A hash of the bytes of all files and of what the table says of them."
     digest = hashlib.sha256(json.dumps([list(table["label"].cat.categories), left_out]).encode())
-    digest.update(table[_COLUMNS].to_csv(index=False).encode())
+    digest.update(table.to_csv(index=False).encode())
     for name in tqdm(table["name"], desc=f"{path.name}: hashing", unit="file", delay=3, mininterval=1, leave=False):
         try:
             digest.update(hashlib.sha256(source.read(name)).digest())
@@ -630,7 +655,7 @@ def _hash_files(source: Source, path: Path, table: pd.DataFrame, left_out: Seque
 
 def _entry(path: Path, contents: bytes, wanted: str) -> Path:
     "The folder of the cache for these contents."
-    key = hashlib.sha256(f"3 {wanted}\n".encode() + contents).hexdigest()
+    key = hashlib.sha256(f"4 {wanted}\n".encode() + contents).hexdigest()
     return cache_folder() / f"{path.name.partition('.')[0]}-{key[:16]}"
 
 # %% ../nbs/reading.ipynb #61e903f3
@@ -726,6 +751,8 @@ def _write_entry(entry: Path, source: Source, table: pd.DataFrame, left_out: Seq
             readable, digests, sizes, unreadable = _decode_all(source, table["name"].tolist(), size, title, file)
         known = {"ids": table["name"].to_numpy(str), "labels": labels.codes.to_numpy(np.int64),
                  "part": table["part"].map(_PARTS.index).to_numpy(np.int8)} | ({"groups": groups} if (groups != "").any() else {})
+        if (columns := further_columns(table)) is not None:
+            known["columns"] = columns
         np.savez(partial / "table.npz", **{name: values[readable] for name, values in known.items()}, digests=digests, sizes=sizes)
         write_json(partial / "about.json", {"side": size, "kept": keep, "classes": list(labels.categories), "left_out": [*unreadable, *left_out]})
 

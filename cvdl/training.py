@@ -138,7 +138,7 @@ class Recipe:
 _TRANSFERRED = {"head_epochs": 5, "optimizer": "adam", "learning_rate": 3e-4, "weight_decay": 0.0, "batch_size": 64}
 _STARTS = {
     "baseline": {"learning_rate": 0.1, "weight_decay": 5e-3, "batch_size": 64},
-    "fast-cnn": {"epochs": 12, "small_scale": 0.75, "filters": (64, 256, 256), "optimizer": "muon", "schedule": "linear", "learning_rate": 0.15, "warmup_epochs": 0.0,
+    "fast-cnn": {"epochs": 12, "small_scale": 0.75, "filters": (64, 256, 256), "optimizer": "muon", "schedule": "linear", "learning_rate": 0.18, "warmup_epochs": 0.0,
                  "batch_size": 500, "weight_decay": 0.0, "label_smoothing": 0.2, "dropout": 0.0,
                  "policy": dataclasses.replace(Policy.none(), alternating_flip=True, translate=0.0625)},
 }
@@ -698,8 +698,8 @@ def compile_model(
     decay = recipe.weight_decay or None
     if recipe.optimizer == "sgd":
         optimizer = keras.optimizers.SGD(rate, momentum=0.9, nesterov=True, weight_decay=decay)
-    elif recipe.optimizer == "muon":       # Adam's share takes steps of a fifteenth; kernels keep their length, so only the rest could decay
-        optimizer = Muon(rate, momentum=0.6, ns_steps=3, rms_rate=None, adam_lr_ratio=1 / 15, adam_beta_2=0.95, adam_weight_decay=decay)
+    elif recipe.optimizer == "muon":       # Adam's share takes steps of a sixtieth; kernels keep their length, so only the rest could decay
+        optimizer = Muon(rate, momentum=0.6, ns_steps=3, rms_rate=None, adam_lr_ratio=1 / 60, adam_beta_2=0.95, adam_weight_decay=decay)
     elif recipe.layer_decay < 1:
         optimizer = LayerwiseAdam(rate, factors=layer_factors(model, recipe.layer_decay), weight_decay=decay)
     else:

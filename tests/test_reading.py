@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 from cvdl import reading
-from cvdl.data import DataError, load
+from cvdl.data import DataError, Splits, load
+from cvdl.mistakes import column_groups, image_properties
 from cvdl.reading import FilePixels, LazyPixels, decode_image
 from cvdl.shapes import draw_shapes
 
@@ -155,6 +156,24 @@ def test_a_table_of_paths_labels_splits_and_groups(tmp_path, kind):
     given = load(tmp_path / "given.csv") if set(frame["label"][60:]) == {"a", "b"} else None
     if given is not None:
         assert set(given.test.ids) == set(names[60:])
+
+
+def test_further_columns_of_a_table_travel_with_their_images(tmp_path):
+    folder = write_classes(tmp_path / "pets", count=40)
+    names = sorted(path.relative_to(tmp_path).as_posix() for path in folder.rglob("*.png"))
+    frame = pd.DataFrame({"path": names, "label": [name.split("/")[1] for name in names], "camera": ["old", "new", None, "new"] * 20,
+                          "age": np.arange(80) % 7, "remark": [f"remark {index}" for index in range(80)]})
+    frame.to_csv(tmp_path / "pets.csv")                # with the numbers of the rows, as people do
+    load(tmp_path / "pets.csv").save(tmp_path / "saved")
+    frame = frame.fillna("").set_index("path")
+    for part in Splits.open(tmp_path / "saved").parts.values():
+        assert part.columns.dtype.names == ("camera", "age"), "a remark that stands once is no group"
+        assert part.columns["camera"].tolist() == frame.loc[part.ids, "camera"].tolist()
+        assert part.columns["age"].tolist() == frame.loc[part.ids, "age"].tolist()
+        cameras = column_groups(image_properties(part))["camera"]
+        assert set(cameras) <= {"old", "new", "unknown"} and (cameras == "unknown").sum() == (part.columns["camera"] == "").sum()
+    frame.assign(camera="one").to_csv(tmp_path / "pets.csv")
+    assert set(load(tmp_path / "pets.csv").test.columns["camera"]) == {"one"}, "a changed table is read again"
 
 
 def test_huggingface_metadata(tmp_path):

@@ -630,3 +630,36 @@ def test_smoothing_of_a_weighted_target_has_its_weight():
     losses = [float(loss(np.float32([[0, weight, 0]]), guess)) for weight in (1, 4)]
     assert losses[1] == pytest.approx(4 * losses[0], rel=1e-5)
     assert losses[0] == pytest.approx(float(training.loss_of(Recipe(label_smoothing=0.2))(np.float32([[0, 1, 0]]), guess)), rel=1e-5)
+
+
+def test_every_row_of_the_ablation_differs_from_all_of_it():
+    from bench_training import ingredients
+
+    recipe = training.starting_recipe("fast-cnn", epochs=2, filters=(16, 32, 32))
+
+    def network(change=lambda model: model, **_):
+        keras.utils.set_random_seed(0)
+        model = change(training.build_model(recipe, (32, 32, 3), 10)[0])
+        answers = model(np.random.default_rng(0).random((2, 32, 32, 3), np.float32) * 255, training=True)
+        return [type(layer).__name__ for layer in model.layers[1:]], [layer.trainable for layer in model.layers[1:]], np.round(answers, 4).tolist()
+
+    rows = ingredients(recipe)
+    seen = []
+    for options in rows.values():
+        made = (options["recipe"], network(**options) if "change" in options else None, options.get("average"))
+        assert made not in seen
+        seen.append(made)
+    usual = network()
+    assert all(made[1] != usual for made in seen if made[1]), "a change changes something"
+
+
+def test_averaged_weights_take_the_place_of_the_last(splits):
+    from bench_training import one_training
+
+    recipe = training.starting_recipe("fast-cnn", epochs=2, filters=(4, 8), batch_size=40)
+    images = dataclasses.replace(splits.train, images=splits.train.images.repeat(2, 1).repeat(2, 2), masks=None)
+    rows, kept = [], []
+    for average in (0.0, 0.9):
+        rows.append(one_training(images, images, 10, recipe, lambda model: kept.append(model) or model, average=average))
+    averaged = [np.abs(np.asarray(a) - np.asarray(b)).max() for a, b in zip(*(model.trainable_weights for model in kept), strict=True)]
+    assert min(averaged) > 0 and all(row["seconds"] > 0 for row in rows)
