@@ -92,6 +92,7 @@ def audit(
     data: Annotated[str, typer.Option(help="shapes, cifar10, a folder of class folders, or an archive of one.")],
     image_size: Annotated[int | None, typer.Option(help="Pixels a side that images are brought to.")] = None,
     num_images: Annotated[int | None, typer.Option(help="Use only this many images.")] = None,
+    max_left_out: Annotated[float, typer.Option(min=0, max=1, help="A larger share of files that cannot be used is an error.")] = 0.2,
     seed: int = 0,
     output: Annotated[Path, typer.Option(help="Folder for audit.json and the pictures.")] = Path("audit"),
 ):
@@ -103,7 +104,7 @@ def audit(
     from cvdl.data import load, provenance, use_book_style, write_json
 
     use_book_style()
-    splits = load(data, image_size=image_size, num_images=num_images, seed=seed)
+    splits = load(data, image_size=image_size, num_images=num_images, seed=seed, max_left_out=max_left_out)
     found = audit_splits(splits)
     output.mkdir(parents=True, exist_ok=True)
     _save_findings(found, output)

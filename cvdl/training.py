@@ -1024,7 +1024,7 @@ def _train(recipe: Recipe, splits: Splits, folder: Path, *, progress: bool, devi
         whiten(model, splits.train.images[:5000])
     if recipe.model in BACKBONES:
         spec = BACKBONES[recipe.model]
-        recalibrate = spec.from_torch and spec.weight_file in weights
+        recalibrate = "random" in weights or (spec.from_torch and spec.weight_file in weights)   # statistics that nobody else has
         head = prepare_backbone(model, recipe, splits, folder, recalibrate=recalibrate, progress=progress)
     history = fit(model, recipe, splits, folder, progress=progress, **options) if recipe.epochs else head["history"]
     facts = {"precision": precision, "devices": devices, "weights": weights, "head": head}

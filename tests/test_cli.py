@@ -169,3 +169,4 @@ def test_too_many_bad_files_end_a_training_before_it_begins(tmp_path):
     assert not (tmp_path / "models").exists()
     done = run(*words, "--max-left-out", 0.5, cwd=tmp_path)
     assert "left out 12 of 52 files" in done.stdout and "validation images" in done.stdout
+    assert "12 files left out" in run("audit", "--data", "pets", "--max-left-out", 0.5, cwd=tmp_path).stdout

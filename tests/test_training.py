@@ -663,3 +663,17 @@ def test_averaged_weights_take_the_place_of_the_last(splits):
         rows.append(one_training(images, images, 10, recipe, lambda model: kept.append(model) or model, average=average))
     averaged = [np.abs(np.asarray(a) - np.asarray(b)).max() for a, b in zip(*(model.trainable_weights for model in kept), strict=True)]
     assert min(averaged) > 0 and all(row["seconds"] > 0 for row in rows)
+
+
+def test_layers_that_stayed_random_get_their_statistics_from_the_images(splits, tmp_path, monkeypatch):
+    asked = []
+
+    def prepare(*_, recalibrate, **options):
+        asked.append(recalibrate)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "prepare_backbone", prepare)
+    for pretrained in (True, False):
+        with pytest.raises(KeyboardInterrupt):
+            train(dataclasses.replace(backbone_recipe(), pretrained=pretrained), splits, tmp_path / str(pretrained), progress=False)
+    assert asked == [False, True]

@@ -17,7 +17,22 @@ def section() -> str:  # Markdown
         raise Problem(f"{path.relative_to(ROOT)} is missing: run make book PROFILE=cifar10 first.")
     report = json.loads(path.read_text(encoding="utf-8"))
     conditions = "; ".join(f"{name}: {value}" for name, value in report["conditions"].items() if name != "classes")
-    return "\n\n".join([report["landing"]["headline"], report["landing"]["table"], f"*{conditions}.*"])
+    return "\n\n".join([report["landing"]["headline"], report["landing"]["table"], f"*{conditions}.*", *from_scratch()])
+
+
+def from_scratch() -> list[str]:  # one paragraph, or none where nobody has measured it
+    "How far fast-cnn comes in how many seconds, from results/cifar10/time_to_accuracy.json."
+    path = RESULTS / "cifar10" / "time_to_accuracy.json"
+    if not path.exists():
+        return []
+    timed = json.loads(path.read_text(encoding="utf-8"))
+    mean, spread, rows, machine = timed["mean"], timed["spread"], timed["trainings"], timed["provenance"]["hardware"]
+    seeds = f"mean of {len(rows)} seeds" if len(rows) > 1 else "one seed"
+    beside = f", {mean['ratio']:.2f} times what the network of the speed records (Jordan, 2024) needs in PyTorch beside it" if "ratio" in mean else ""
+    return [f"From scratch, **fast-cnn** ({rows[0]['parameters']:,} parameters) trains on {timed['training_images']:,} images in {mean['seconds']:.0f} seconds "
+            f"({machine['cpu']}, {machine['cores']} cores{beside}) and labels {mean['plain']:.2%} ± {100 * spread['plain']:.2f} of "
+            f"{timed['test_images']:,} test images correctly, {mean['six_views']:.2%} ± {100 * spread['six_views']:.2f} when six views of each are averaged "
+            f"({seeds}, ± standard deviation between them)."]
 
 
 def updated(
