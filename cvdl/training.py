@@ -919,7 +919,7 @@ def _place(model: keras.Model, scope: str) -> dict:
     layer = next((model.get_layer(name) for name in (word.removesuffix(suffix) for word in words if word != root)
                   if any(name == each.name for each in model.layers)), None) if root else None
     if layer is not None:
-        return {"layer": layer.name, "kind": layer.__class__.__name__, "part": "backward" if "gradient_tape" in words[0] else "forward"}
+        return {"layer": layer.name, "kind": layer.__class__.__name__.removeprefix("Fused"), "part": "backward" if "gradient_tape" in words[0] else "forward"}
     kind = "optimizer" if words[0].startswith(model.optimizer.name) else "rest"
     return {"layer": "", "kind": kind, "part": "around"}
 
