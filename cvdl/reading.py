@@ -782,8 +782,12 @@ def read_pixels(
                 source = stack.enter_context(open_source(path))
                 table, left_out = list_files(source)
             size = image_size or common_size(source, table["name"])
-            _write_entry(entry, source, table, left_out, size, keep=_make_room(entry.parent, 3 * size * size * len(table)), title=path.name)
-            pool = _open_entry(entry, path)
+            for _ in range(3):   # another process that decodes the same images may replace the entry while we open it
+                _write_entry(entry, source, table, left_out, size, keep=_make_room(entry.parent, 3 * size * size * len(table)), title=path.name)
+                if (pool := _open_entry(entry, path)) is not None:
+                    break
+            else:
+                raise DataError(f"{entry}: vanished while it was read; run one process at a time on {path.name}, or give each a CVDL_HOME of its own.")
     if isinstance(pool.images.images, FilePixels):
         print(f"{path.name}: {pool.images.images.nbytes / 2**30:.1f} GB of decoded pixels do not fit into {entry.parent}, so images are decoded "
               "whenever they are read, which is slower; free some space there, ask for a smaller image_size or fewer num_images, "

@@ -204,6 +204,17 @@ def test_an_image_stays_in_its_part_when_others_come(tmp_path):
         assert all(where[digest] == name for digest in part.digests.tolist())
 
 
+def test_an_entry_that_another_process_replaces_is_written_again(tmp_path, monkeypatch):
+    folder, opened = write_classes(tmp_path / "pets"), []
+    open_entry = reading._open_entry
+    monkeypatch.setattr(reading, "_open_entry", lambda *words: opened.append(1) or (open_entry(*words) if len(opened) > gone else None))
+    gone = 2
+    assert len(load(folder).train) and len(opened) == 3
+    gone = 99
+    with pytest.raises(DataError, match="vanished while it was read"):
+        load(folder)
+
+
 def test_a_changed_folder_is_never_served_stale(tmp_path):
     folder = write_classes(tmp_path / "pets")
     first = load(folder)
