@@ -79,6 +79,13 @@ def _speckle_noise(x, c, rng):
     return x * (1 + c * rng.standard_normal(x.shape, np.float32))
 
 # %% ../nbs/corruptions.ipynb #5e1c9eb7
+def _moved(x, shifts):
+    "Each pixel from where its shifts, (2, N, H, W) down and across, point."
+    down, across = np.mgrid[: x.shape[1], : x.shape[2]].astype(np.float32)
+    return np.stack([cv2.remap(image, across + over, down + under, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
+                     for image, under, over in zip(x, *shifts)])
+
+
 def _filtered(x, kernels):
     "Each image with its own kernel."
     return np.stack([cv2.filter2D(image, -1, kernel, borderType=cv2.BORDER_REFLECT_101) for image, kernel in zip(x, kernels)])
@@ -120,12 +127,9 @@ def _zoom_blur(x, c, rng):
 
 def _glass_blur(x, c, rng):
     "Every pixel shows a random place near it, as behind frosted glass; blurred before and after."
-    down, across = np.mgrid[: x.shape[1], : x.shape[2]].astype(np.float32)
     shifts = c * rng.uniform(-1, 1, (2, *x.shape[:3])).astype(np.float32)
     x = gaussian_filter(x, (0, 0.3 * c, 0.3 * c, 0), mode="mirror")
-    x = np.stack([cv2.remap(image, across + over, down + under, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
-                  for image, under, over in zip(x, *shifts)])
-    return gaussian_filter(x, (0, 0.3 * c, 0.3 * c, 0), mode="mirror")
+    return gaussian_filter(_moved(x, shifts), (0, 0.3 * c, 0.3 * c, 0), mode="mirror")
 
 # %% ../nbs/corruptions.ipynb #c5dcbd4c
 def _plasma(shape, rng):
@@ -188,10 +192,7 @@ def _contrast(x, c, rng):
 def _elastic(x, c, rng):
     count, height, width = x.shape[:3]
     smooth = gaussian_filter(rng.standard_normal((2, count, height, width), np.float32), (0, 0, min(height, width) / 10, min(height, width) / 10))
-    shifts = c * smooth / smooth.std(axis=(2, 3), keepdims=True)
-    down, across = np.mgrid[:height, :width].astype(np.float32)
-    return np.stack([cv2.remap(image, across + over, down + under, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
-                     for image, under, over in zip(x, *shifts)])
+    return _moved(x, c * smooth / smooth.std(axis=(2, 3), keepdims=True))
 
 
 def _blocks(length, share):

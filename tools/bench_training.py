@@ -27,7 +27,7 @@ from cvdl.baseline import whiten
 from cvdl.data import Images, load, provenance, read_json, write_json
 from cvdl.evaluation import augmented_predictor, keras_predictor, wilson_interval
 from cvdl.shapes import draw_shapes
-from cvdl.training import FUSED, Recipe, build_model, compile_model, compute_precision, float32_twin, starting_recipe, training_stream, with_input
+from cvdl.training import PLAIN, Recipe, build_model, compile_model, compute_precision, float32_twin, starting_recipe, training_stream, with_input
 
 CLASSES = 10
 PRECISIONS = ("mixed_bfloat16", "float32")
@@ -47,7 +47,7 @@ def trainer(
     keras.utils.set_random_seed(recipe.seed)
     model, _ = build_model(recipe, images.images.shape[1:], CLASSES, precision=recipe.precision)
     if not fused:
-        model = with_input(model, model.input_shape[1:], swap={own: plain for plain, own in FUSED.items()})
+        model = with_input(model, model.input_shape[1:], swap=PLAIN)
     stream, steps = training_stream(images, CLASSES, policy=recipe.policy, batch_size=recipe.batch_size, seed=recipe.seed, epochs=10**6)
     compile_model(model, recipe, steps=steps)
     batches = iter(stream)
@@ -214,15 +214,16 @@ def restarted(initializer: Callable, *, whole: bool) -> Change:
     return change
 
 
+class Smooth(keras.layers.ReLU):
+    "SiLU in the place of a ReLU."
+
+    def call(self, inputs):
+        return keras.ops.silu(inputs)
+
+
 def smooth_activations(model: keras.Model) -> keras.Model:
     "SiLU in place of ReLU."
-    def again(layer):
-        smooth = isinstance(layer, keras.layers.ReLU)
-        return keras.layers.Activation("silu", name=layer.name, dtype=layer.dtype_policy) if smooth else layer.__class__.from_config(layer.get_config())
-
-    twin = keras.models.clone_model(model, input_tensors=keras.Input(model.input_shape[1:]), clone_function=again)
-    twin.set_weights(model.get_weights())
-    return twin
+    return with_input(model, model.input_shape[1:], swap={keras.layers.ReLU: Smooth})
 
 
 def ingredients(recipe: Recipe) -> dict[str, dict]:   # what `one_training` is given
