@@ -1,4 +1,4 @@
-"Intervals and paired comparisons, against hand-worked examples, SciPy and simulation."
+"Intervals and paired comparisons, against hand-worked examples, SciPy, statsmodels and simulation."
 
 import time
 from math import comb
@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest, bootstrap, norm
 from sklearn.metrics import balanced_accuracy_score
+from statsmodels.stats.contingency_tables import mcnemar as their_mcnemar
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.proportion import proportion_confint
 
 from cvdl.statistics import bootstrap_interval, compare_paired, holm, mcnemar, non_inferiority, resample_weights, score_of_rows, tied_with_best, wilson_interval
 
@@ -25,13 +28,14 @@ def test_wilson_as_published(hits, n, expected):
     "Newcombe, Statistics in Medicine 17, 1998, table I: the score method without continuity correction."
     np.testing.assert_allclose(wilson_interval(hits, n), expected, atol=6e-5)
     np.testing.assert_allclose(wilson_interval(hits, n, confidence=0.9), binomtest(hits, n).proportion_ci(0.9, "wilson"))
+    np.testing.assert_allclose(wilson_interval(hits, n, confidence=0.99), proportion_confint(hits, n, alpha=0.01, method="wilson"), atol=1e-12)
 
 
 @pytest.mark.parametrize("only_first, only_second", [(0, 3), (1, 7), (10, 4), (250, 150), (5, 5)])
 def test_mcnemar_is_the_binomial_test_and_its_mid_p(only_first, only_second):
     exact, mid = mcnemar(only_first, only_second)
     same = binomtest(only_first, only_first + only_second)
-    assert exact == pytest.approx(same.pvalue)
+    assert exact == pytest.approx(same.pvalue) == their_mcnemar([[80, only_first], [only_second, 20]], exact=True).pvalue
     point = comb(only_first + only_second, only_first) / 2 ** (only_first + only_second)
     assert mid == pytest.approx(1 - point / 2 if only_first == only_second else exact - point)
 
@@ -93,6 +97,8 @@ def test_ties_are_paired_and_corrected():
     assert table.index.tolist() == ["best", "twin", "near", "worse"] and table["tied"].tolist() == [True, True, True, False]
     assert table.loc["twin", "p"] == 1 and table.loc["worse", "high"] < 0
     np.testing.assert_allclose(holm([0.01, 0.02, 0.5]), [0.03, 0.04, 0.5])
+    p_values = np.random.default_rng(0).beta(0.3, 2, size=50)
+    np.testing.assert_allclose(holm(p_values), multipletests(p_values, method="holm")[1])
 
 
 def test_bootstrap_agrees_with_scipy():
