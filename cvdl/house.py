@@ -105,13 +105,15 @@ def atomic(
 ) -> Iterator[Path]:    # what to write
     "A temporary path that becomes `path`, a file or a folder, when the block ends well."
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial, before = (path.with_name(f".{path.name}.{os.getpid()}.{kind}") for kind in ("partial", "before"))
     _remove(partial)  # of a process that was killed
+    _remove(before)
     try:
         yield partial
-        if path.is_dir():
-            _remove(path)
+        if path.is_dir():  # out of the way in one step, so that nobody meets half a folder
+            os.replace(path, before)
         os.replace(partial, path)
+        _remove(before)
     finally:
         _remove(partial)
 

@@ -43,6 +43,7 @@ from .data import load as load_images
 from .schedules import LayerwiseAdam, Muon, WarmupCosine, WarmupLinear, WeightedCrossentropy, plateau_learning_rate
 from cvdl.transfer import (
     BACKBONES,
+    WeightReport,
     extract_features,
     freeze_backbone,
     keep_frozen,
@@ -238,18 +239,17 @@ def build_model(
     num_classes: int,
     *,
     precision: str = "float32",
-) -> tuple[keras.Model, str]:         # the model and a line about its starting weights
+) -> tuple[keras.Model, WeightReport]:   # the model, and where its weights come from
     "The untrained model of a recipe."
     with dtype_policy(precision):
         if recipe.model in FROM_SCRATCH:
             model = FROM_SCRATCH[recipe.model](image_shape, num_classes, filters=recipe.filters, dropout=recipe.dropout)
             swap = {} if tf.config.list_physical_devices("GPU") else FUSED
-            return with_input(model, (None, None, 3) if recipe.small_scale < 1 else image_shape, swap=swap), "random weights"
-        model, report = transfer_model(
+            return with_input(model, (None, None, 3) if recipe.small_scale < 1 else image_shape, swap=swap), WeightReport("nothing", 0)
+        return transfer_model(
             recipe.model, image_shape, num_classes, input_size=recipe.input_size, dropout=recipe.dropout,
             pretrained=recipe.pretrained,
         )
-    return model, str(report)
 
 
 def with_input(
@@ -384,7 +384,7 @@ def collect(
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], *, compress: bool = False) -> None:
     "Write a .npz file, whole or not at all."
-    partial = path.with_suffix(".partial")
+    partial = path.with_suffix(".partial")   # one name, so that a training that is killed often leaves one file
     try:
         with partial.open("wb") as file:
             (np.savez_compressed if compress else np.savez)(file, **arrays)
@@ -1025,10 +1025,10 @@ def _train(recipe: Recipe, splits: Splits, folder: Path, *, progress: bool, devi
         whiten(model, splits.train.images[:5000])
     if recipe.model in BACKBONES:
         spec = BACKBONES[recipe.model]
-        recalibrate = "random" in weights or (spec.from_torch and spec.weight_file in weights)   # statistics that nobody else has
-        head = prepare_backbone(model, recipe, splits, folder, recalibrate=recalibrate, progress=progress)
+        foreign = not weights.loaded or weights.random or (spec.from_torch and weights.source == spec.weight_file)   # statistics of other layers
+        head = prepare_backbone(model, recipe, splits, folder, recalibrate=bool(foreign), progress=progress)
     history = fit(model, recipe, splits, folder, progress=progress, **options) if recipe.epochs else head["history"]
-    facts = {"precision": precision, "devices": devices, "weights": weights, "head": head}
+    facts = {"precision": precision, "devices": devices, "weights": str(weights), "head": head}
     return _finish(model, recipe, splits, folder, history, facts)
 
 

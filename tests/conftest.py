@@ -11,7 +11,11 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 ROOT = Path(__file__).resolve().parent.parent
-ENVIRONMENT = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "PROFILE", "DATA", "RUN")}
+
+
+def environment() -> dict[str, str]:
+    "What a user's shell would hand on: not what the make that runs these tests adds."
+    return {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "PROFILE", "DATA", "RUN")}
 
 
 def make(
@@ -21,7 +25,7 @@ def make(
     timeout: float = 900,
 ) -> subprocess.CompletedProcess:
     "Run make in `folder`, as a user would, and check how it ends."
-    done = subprocess.run(["make", *words], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout)
+    done = subprocess.run(["make", *words], cwd=folder, env=environment(), capture_output=True, text=True, timeout=timeout)
     assert done.returncode == code, f"make {' '.join(words)}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     assert "Traceback" not in done.stdout + done.stderr
     return done

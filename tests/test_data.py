@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cvdl import house
 from cvdl.data import DataError, load
 
 MODES = {"rgb.jpg": "RGB", "gray.png": "L", "rgba.png": "RGBA", "palette.png": "P", "bits.png": "1", "two.png": "LA", "cmyk.jpg": "CMYK",
@@ -135,3 +136,20 @@ def test_the_same_seed_gives_the_same_splits():
     one, two, other = load("shapes", num_images=200, seed=3), load("shapes", num_images=200, seed=3), load("shapes", num_images=200, seed=4)
     assert one.fingerprint == two.fingerprint != other.fingerprint
     np.testing.assert_array_equal(one.test.ids, two.test.ids)
+
+
+def write_entry(folder, content):
+    "A folder of two files, as a cache writes it."
+    with house.atomic(folder) as partial:
+        partial.mkdir()
+        (partial / "a").write_text(content)
+        (partial / "b").write_text(content)
+
+
+def test_a_folder_that_is_replaced_is_never_met_half(tmp_path, monkeypatch):
+    folder, met, remove = tmp_path / "entry", [], house._remove
+    write_entry(folder, "old")
+    monkeypatch.setattr(house, "_remove", lambda path: (remove(path), met.append((folder / "b").read_text())))
+    write_entry(folder, "new")
+    assert set(met) == {"old", "new"} and (folder / "a").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["entry"], "the old one is gone"

@@ -10,7 +10,7 @@ import nbformat
 import pytest
 import yaml
 from bs4 import BeautifulSoup
-from conftest import ENVIRONMENT, make, write_chapter
+from conftest import environment, make, write_chapter
 
 
 def chapters_run(done) -> list[str]:
@@ -133,7 +133,7 @@ def alive(folder) -> list[str]:
 def test_killed_run_leaves_nothing_running_and_resumes(small_book, how):
     (small_book / "nbs" / "profiles" / "quick.yml").write_text("parameters: {seed: 5}\nchapters: {01_wait: {seconds: 60}}\n")
     (small_book / "waiting").unlink()
-    process = subprocess.Popen(["make", "chapters"], cwd=small_book, env=ENVIRONMENT, start_new_session=True,
+    process = subprocess.Popen(["make", "chapters"], cwd=small_book, env=environment(), start_new_session=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     wait_for(small_book / "waiting", process)
     if how == "kill -9 make":
@@ -154,7 +154,7 @@ def test_killed_run_leaves_nothing_running_and_resumes(small_book, how):
 def test_edit_made_while_the_chapter_runs_is_not_lost(small_book):
     (small_book / "nbs" / "profiles" / "quick.yml").write_text("parameters: {seed: 1}\nchapters: {01_wait: {seconds: 2}}\n")
     (small_book / "waiting").unlink()
-    process = subprocess.Popen(["make", "chapters"], cwd=small_book, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(["make", "chapters"], cwd=small_book, env=environment(), stdout=subprocess.PIPE, text=True)
     wait_for(small_book / "waiting", process)
     write_chapter(small_book, "01_wait", 'run = "lab"\nseconds = 0', "'edited'")
     assert process.wait(timeout=120) == 0

@@ -18,7 +18,7 @@ import pytest
 from bs4 import BeautifulSoup
 from build_site import number
 from common import RESULTS, appendices, chapters, listed
-from conftest import ENVIRONMENT, make
+from conftest import environment, make
 from execution import LARGEST
 from PIL import Image
 
@@ -87,7 +87,7 @@ def test_killed_training_ends_with_the_same_metrics(tiny):
     for chapter in CHAPTERS[: CHAPTERS.index("04_training")]:   # these have run
         (models / "stamps" / f"{chapter}.done").touch()
     training = models / "baseline" / "training.log"
-    process = subprocess.Popen(["make", "chapters", "PROFILE=tiny", "RUN=killed"], cwd=tiny, env=ENVIRONMENT, start_new_session=True,
+    process = subprocess.Popen(["make", "chapters", "PROFILE=tiny", "RUN=killed"], cwd=tiny, env=environment(), start_new_session=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.time() + 400
     while not (training.exists() and training.stat().st_size):  # the first epoch is on disk, the second has begun
