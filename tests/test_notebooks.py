@@ -18,7 +18,7 @@ CHAPTERS = [path for path in NOTEBOOKS if re.match(r"\d\d_", path.name)]
 APPENDICES = [path for path in NOTEBOOKS if path not in CHAPTERS]
 DATA_FOUNDATIONS = ["house", "shapes", "reading", "audit"]
 EVALUATION_FOUNDATIONS = ["predictors", "statistics", "scores", "calibration", "mistakes", "corruptions"]
-FOUNDATIONS = [*DATA_FOUNDATIONS, *EVALUATION_FOUNDATIONS, "schedules"]  # the appendices that chapters build on; any chapter may import them
+FOUNDATIONS = [*DATA_FOUNDATIONS, *EVALUATION_FOUNDATIONS, "schedules", "fused"]  # the appendices that chapters build on; any chapter may import them
 BEHIND = {"explanation_scores": 5.1, "shortcuts": 5.2}  # appendices that build on chapters, and where they would stand among them
 BIN = Path(sys.executable).parent
 notebooks = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

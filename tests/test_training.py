@@ -322,11 +322,11 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(splits, tmp_path, m
 # -- machines ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("flags, gpu, dense, expected", [
-    (["amx_bf16"], False, True, "mixed_bfloat16"), (["amx_bf16"], False, False, "float32"), ([], False, True, "float32"),
-    (["avx2"], False, True, "float32"), ([], True, True, "mixed_bfloat16"), ([], True, False, "mixed_bfloat16")])
-def test_precision_is_a_rule(flags, gpu, dense, expected):
-    assert training.faster_precision(flags, gpu=gpu, dense=dense) == expected
+@pytest.mark.parametrize("flags, gpu, expected", [
+    (["amx_bf16"], False, "mixed_bfloat16"), (["avx2", "avx512_bf16"], False, "mixed_bfloat16"), ([], False, "float32"),
+    (["avx2"], False, "float32"), ([], True, "mixed_bfloat16")])
+def test_precision_is_a_rule(flags, gpu, expected):
+    assert training.faster_precision(flags, gpu=gpu) == expected
 
 
 def test_the_run_says_how_it_was_computed(straight):

@@ -26,8 +26,10 @@ from common import RESULTS, Problem, main
 from cvdl.baseline import whiten
 from cvdl.data import Images, load, provenance, read_json, write_json
 from cvdl.evaluation import augmented_predictor, keras_predictor, wilson_interval
+from cvdl.fused import PLAIN
 from cvdl.shapes import draw_shapes
-from cvdl.training import PLAIN, Recipe, build_model, compile_model, compute_precision, float32_twin, starting_recipe, training_stream, with_input
+from cvdl.training import Recipe, build_model, compile_model, compute_precision, float32_twin, starting_recipe, training_stream, with_input
+from cvdl.transfer import BACKBONES, unfreeze_top
 
 CLASSES = 10
 PRECISIONS = ("mixed_bfloat16", "float32")
@@ -41,13 +43,15 @@ def trainer(
     recipe: Recipe,
     images: Images,
     *,
-    fused: bool = True,  # as a training does it; False: with Keras' own BatchNormalization
+    fused: bool = True,  # as a training does it; False: with Keras' own layers
 ):                       # a function that trains a few steps and returns images a second
     "A model in training, its stream included, that can be asked for a few more steps at any time."
     keras.utils.set_random_seed(recipe.seed)
     model, _ = build_model(recipe, images.images.shape[1:], CLASSES, precision=recipe.precision)
     if not fused:
         model = with_input(model, model.input_shape[1:], swap=PLAIN)
+    if recipe.model in BACKBONES:
+        unfreeze_top(model)
     stream, steps = training_stream(images, CLASSES, policy=recipe.policy, batch_size=recipe.batch_size, seed=recipe.seed, epochs=10**6)
     compile_model(model, recipe, steps=steps)
     batches = iter(stream)
@@ -65,21 +69,22 @@ def speed(
     repeats: int = 5,
     *,
     images: int = 2000,
-    models: tuple[str, ...] = ("fast-cnn", "baseline"),
+    models: tuple[str, ...] = ("fast-cnn", "baseline", "mobilenetv2", "efficientnet-lite0"),
     size: int = 32,
-) -> pd.DataFrame:  # images/s of each model in both precisions and without the fused BatchNorm, medians, and their ratios
-    "Training of each network on drawn images, in turn in both precisions, and in the chosen one with Keras' own BatchNorm."
+) -> pd.DataFrame:  # images/s of each model in both precisions, with our layers and with Keras' own, medians, and their ratios
+    "Training of each network on drawn images, in turn in both precisions, and in the chosen one with Keras' own layers."
     drawn, rows = draw_shapes(images, size=size, seed=0), []
     for model in models:
-        recipe = starting_recipe(model, epochs=1)
-        recipe = dataclasses.replace(recipe, batch_size=min(recipe.batch_size, images // 4))
+        recipe = starting_recipe(model, epochs=1, **({"pretrained": False} if model in BACKBONES else {}))
+        seen = drawn.subset(range(images // 4 if model in BACKBONES else images))
+        recipe = dataclasses.replace(recipe, batch_size=min(recipe.batch_size, len(seen) // 4))
+        trainers = {name: trainer(dataclasses.replace(recipe, precision=name), seen) for name in PRECISIONS}
         chosen = compute_precision(recipe)
-        trainers = {name: trainer(dataclasses.replace(recipe, precision=name), drawn) for name in PRECISIONS}
-        trainers["plain_batch_norm"] = trainer(dataclasses.replace(recipe, precision=chosen), drawn, fused=False)
+        trainers["keras_layers"] = trainer(dataclasses.replace(recipe, precision=chosen), seen, fused=False)
         rates = interleaved(trainers, repeats=repeats)
         rows.append({"model": model, "batch": recipe.batch_size, **{name: statistics.median(values) for name, values in rates.items()},
                      **ratios(*(rates[name] for name in PRECISIONS)), "chosen": chosen,
-                     "fused_ratio": ratios(rates[chosen], rates["plain_batch_norm"])["ratio"]})
+                     "fused_ratio": ratios(rates[chosen], rates["keras_layers"])["ratio"]})
     return pd.DataFrame(rows)
 
 
