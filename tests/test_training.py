@@ -446,10 +446,13 @@ def test_float16_weights_of_backbones(model, tmp_path):
     "Normalization constants, ImageNet variances and renamed layers survive."
     recipe = Recipe(model=model, input_size=32, pretrained=False)
     network, _ = training.build_model(recipe, (32, 32, 3), 3)
+    training.unfreeze_top(network)
+    norms = [layer for layer in network.layers if isinstance(layer, keras.layers.BatchNormalization)]
+    assert len(norms) > 40 and all(layer.handed_over for layer in norms), "each frozen BatchNorm is applied by the convolution before it"
     file = training.save_weights(network, tmp_path / model)
     images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3)).astype("float32")
     loaded = training.load(tmp_path / model)
-    assert file.stat().st_size < 2.2 * network.count_params()
+    assert file.stat().st_size < 2.2 * network.count_params() and not {type(layer) for layer in loaded.layers} & {*training.PLAIN}
     np.testing.assert_allclose(network.predict(images, verbose=0), loaded.predict(images, verbose=0), atol=0.02)
 
 
