@@ -19,8 +19,13 @@ if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     "$found" -m venv "$venv" || { rm -rf "$venv"; echo "$found cannot make a virtual environment: install its venv module." >&2; exit 1; }
 fi
 
-echo "Installing $(grep -c == requirements.txt) pinned packages into $venv (minutes, once)."
+echo "Installing $(grep -c == requirements.txt) pinned packages into $venv (once)."
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
-"$venv/bin/python" -m pip install --quiet --requirement requirements.txt
+# uv, from PyPI as well, takes seconds where pip takes minutes.
+if ! { "$venv/bin/python" -m pip install --quiet uv &&
+    "$venv/bin/uv" pip install --quiet --system-certs --python "$venv/bin/python" --requirement requirements.txt; }; then
+    echo "uv could not install them; pip tries, which takes minutes." >&2
+    "$venv/bin/python" -m pip install --quiet --requirement requirements.txt
+fi
 "$venv/bin/python" -m pip install --quiet --no-deps --no-build-isolation --editable .
 touch "$venv/.ready"
