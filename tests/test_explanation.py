@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pandas as pd
 import pytest
+from bench_explanation import small_network
 
 from cvdl.baseline import FROM_SCRATCH, baseline_cnn, fast_cnn, whiten
 from cvdl.evaluation import keras_predictor
@@ -304,15 +305,6 @@ def test_verdict_wants_both_a_good_score_and_a_sane_map():
 # -- a cheat -------------------------------------------------------------------------------------------------------------
 
 
-def trained(images, labels):
-    "A small network after a few seconds of training."
-    keras.utils.set_random_seed(0)
-    model = baseline_cnn((32, 32, 3), 10, filters=(16, 32, 64), dropout=0.0)
-    model.compile(keras.optimizers.Adam(2e-3), "sparse_categorical_crossentropy", jit_compile=False)
-    model.fit(images, labels, batch_size=50, epochs=4, verbose=0)
-    return model
-
-
 @pytest.fixture(scope="module")
 def drawn():
     return draw_shapes(1900, seed=1)
@@ -320,7 +312,7 @@ def drawn():
 
 @pytest.fixture(scope="module")
 def honest(drawn):
-    return trained(drawn.images[:1500], drawn.labels[:1500])
+    return small_network(drawn.images[:1500], drawn.labels[:1500])
 
 
 def search(model, images):
@@ -330,7 +322,7 @@ def search(model, images):
 @pytest.mark.parametrize("place", ["corner", "random"])
 def test_a_cheat_is_caught_wherever_its_patch_is(drawn, honest, place):
     spoiled = plant_patches(drawn, Spurious("heart", share=0.9, place=place), seed=0)
-    cheat, label = trained(spoiled.images[:1500], spoiled.labels[:1500]), SHAPE_CLASSES.index("heart")
+    cheat, label = small_network(spoiled.images[:1500], spoiled.labels[:1500]), SHAPE_CLASSES.index("heart")
     own, test = spoiled.labels[1500:] == label, np.arange(1500, 1900)
     recall = {name: (keras_predictor(cheat)(images.images[test]).argmax(axis=1) == label)[own].mean() for name, images in (("patched", spoiled), ("clean", drawn))}
     assert recall["patched"] > 0.8 and recall["clean"] < 0.3, "it learned the patch, not the heart"

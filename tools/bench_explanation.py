@@ -1,4 +1,7 @@
-"How long a thousand Grad-CAM maps take: `python tools/bench_explanation.py`."
+"""How long a thousand Grad-CAM maps take, and how often the search for shortcuts is right: `python tools/bench_explanation.py [speed | shortcuts [seeds]]`.
+
+`shortcuts` trains for each seed an honest network on drawn shapes and two that cheat, for another class each time (about a minute a seed).
+"""
 
 import os
 
@@ -7,14 +10,16 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import sys
 import time
 
+import keras
 import numpy as np
 import pandas as pd
 from common import Problem, main
 
-from cvdl.baseline import FROM_SCRATCH
-from cvdl.evaluation import usable_threads
+from cvdl.baseline import FROM_SCRATCH, baseline_cnn
+from cvdl.evaluation import keras_predictor, usable_threads
 from cvdl.gradcam import METHODS, gradcam
-from cvdl.shapes import draw_shapes
+from cvdl.shapes import SHAPE_CLASSES, Spurious, draw_shapes, plant_patches
+from cvdl.shortcuts import find_shortcuts
 
 CLASSES = 10
 
@@ -57,8 +62,53 @@ def measure(
     return pd.DataFrame(rows)
 
 
-def bench() -> None:
-    "Measure and print a table."
+def small_network(
+    images: np.ndarray,   # (N, 32, 32, 3) uint8
+    labels: np.ndarray,   # (N,)
+    *,
+    seed: int = 0,
+) -> keras.Model:
+    "A small network after a few seconds of training, which a patch in the images can lead astray."
+    keras.utils.set_random_seed(seed)
+    model = baseline_cnn(images.shape[1:], CLASSES, filters=(16, 32, 64), dropout=0.0)
+    model.compile(keras.optimizers.Adam(2e-3), "sparse_categorical_crossentropy", jit_compile=False)
+    model.fit(images, labels, batch_size=50, epochs=4, verbose=0)
+    return model
+
+
+def shortcuts(
+    seeds: int = 10,
+    *,
+    images: int = 1900,   # drawn for each seed; the last 400 are searched
+) -> pd.DataFrame:        # a row for each network: its patch, how it does with and without, and the classes that are flagged
+    "Cheats of another class for each seed, with a patch in the corner or anywhere, and honest twins."
+    rows, test = [], np.arange(images - 400, images)
+    for seed in range(seeds):
+        drawn, name = draw_shapes(images, seed=seed), SHAPE_CLASSES[seed % len(SHAPE_CLASSES)]
+        own = drawn.labels[test] == SHAPE_CLASSES.index(name)
+        for place in (None, "corner", "random"):
+            print(f"  seed {seed}, {name}, patch: {place}", file=sys.stderr, flush=True)
+            shown = drawn if place is None else plant_patches(drawn, Spurious(name, share=0.9, place=place), seed=seed)
+            model = small_network(shown.images[:-400], shown.labels[:-400], seed=seed)
+            predictor = keras_predictor(model)
+            recall = [(predictor(each.images[test]).argmax(axis=1) == SHAPE_CLASSES.index(name))[own].mean() for each in (shown, drawn)]
+            table = find_shortcuts(predictor, shown.images[test], gradcam(model, shown.images[test]), SHAPE_CLASSES)
+            rows.append({"seed": seed, "class": name, "patch": place or "none", "recall": recall[0], "recall without patch": recall[1],
+                         "flagged": ", ".join(table.loc[table["flag"], "class"])})
+    return pd.DataFrame(rows)
+
+
+def bench(what: str = "speed", *numbers: str) -> None:
+    "Measure one of them and print a table."
+    if what not in ("speed", "shortcuts") or (what == "speed" and numbers) or not all(number.isdecimal() for number in numbers):
+        raise Problem(f"bench_explanation.py {' '.join([what, *numbers])}: expected speed, or shortcuts and how many seeds.")
+    if what == "shortcuts":
+        table = shortcuts(*map(int, numbers))
+        print(table.round(2).to_string(index=False))
+        for place, group in table.groupby("patch", sort=False):
+            right = group["flagged"] == group["class"].where(place != "none", "")
+            print(f"patch {place}: right for {right.sum()} of {len(group)} networks")
+        return
     table = measure()
     print(f"maps of {CLASSES} classes, 32×32, {usable_threads()} threads; the first call compiles")
     print(table.round({"first call (s)": 2, "then (s)": 2, "maps/s": 0}).to_string(index=False))
