@@ -59,8 +59,8 @@ help:
 	@echo 'make chapters    the same without the site'
 	@echo 'make site        render the committed CIFAR-10 run, or RUN=name, without training'
 	@echo 'make test        lint, lesson cells, pipeline and site'
-	@echo 'make bench       speed and size of the exported models of a run; speed of loading, augmentation, training and heat maps'
-	@echo '                 and the memory of a training on many images'
+	@echo 'make bench       speed and size of the exported models of a run; speed of loading, augmentation, training and heat maps;'
+	@echo '                 what fast-cnn learns in two epochs of CIFAR-10; the memory of a training on many images'
 	@echo 'make export      notebooks to modules (nbdev), after an edit'
 	@echo 'make lock        requirements.in to requirements.txt'
 	@echo 'make clean       remove the site and the files of RUN (never results/cifar10)'
@@ -125,6 +125,7 @@ bench: $(VENV)/.ready
 	@$(python) tools/bench_augmentation.py
 	@$(python) tools/bench_data.py
 	@$(python) tools/bench_training.py speed
+	@$(python) tools/bench_training.py short
 	@$(python) tools/bench_explanation.py
 
 serve-site:

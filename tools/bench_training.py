@@ -1,7 +1,8 @@
-"""How fast networks train, and how long one takes to its accuracy: `python tools/bench_training.py [speed | accuracy [seeds] | ablation [epochs]]`.
+"""How fast networks train, and how long one takes to its accuracy: `python tools/bench_training.py [speed | short [epochs] | accuracy [seeds] | ablation [epochs]]`.
 
-`accuracy` and `ablation` go on where they were: a row of results/cifar10/time_to_accuracy.json or ablation.json that the same recipe made is kept.
-With TORCH_PYTHON naming a Python that has PyTorch, each of its trainings is framed by runs of tools/torch_reference.py.
+`short` is `accuracy` in minutes: one training of a few epochs, which leaves no file. `accuracy` and `ablation` go on where they were:
+a row of results/cifar10/time_to_accuracy.json or ablation.json that the same recipe made is kept.
+With TORCH_PYTHON naming a Python that has PyTorch, each training of `accuracy` is framed by runs of tools/torch_reference.py.
 """
 
 import os
@@ -169,8 +170,20 @@ def accuracy(seeds: int = 3) -> pd.DataFrame:
             "mean": {name: float(np.mean([row[name] for row in rows])) for name in figures},
             "spread": {name: float(np.std([row[name] for row in rows], ddof=1)) if len(rows) > 1 else 0.0 for name in figures},
             "provenance": provenance(splits, seed=recipe.seed)})
-    shown = ["seed", "seconds", "images_per_second", "plain", "six_views", "torch_seconds", "ratio"]
-    return pd.DataFrame(rows)[[name for name in shown if name in rows[0]]]
+    return shown(rows)
+
+
+def shown(rows: list[dict]) -> pd.DataFrame:
+    "What a table shows of trainings."
+    names = ["seed", "epochs", "seconds", "images_per_second", "plain", "six_views", "torch_seconds", "ratio"]
+    return pd.DataFrame(rows)[[name for name in names if name in rows[0]]]
+
+
+def short(epochs: int = 2) -> pd.DataFrame:
+    "The first epochs of `accuracy`, with a schedule of their own: whether a machine or a change is fast, and learns, in minutes."
+    splits, recipe = load("cifar10"), starting_recipe("fast-cnn", epochs=epochs)
+    train = merged(splits.train, splits.validation)
+    return shown([{"epochs": epochs, **one_training(train, splits.test, splits.num_classes, recipe)}])
 
 
 # -- what each ingredient buys ----------------------------------------------------------------------------------------
@@ -278,7 +291,7 @@ def ablation(epochs: int = 4) -> pd.DataFrame:
 
 def bench(what: str = "speed", *numbers: str) -> None:
     "Measure one of them and print a table."
-    measures = {"speed": speed, "accuracy": accuracy, "ablation": ablation}
+    measures = {"speed": speed, "short": short, "accuracy": accuracy, "ablation": ablation}
     if what not in measures or not all(number.isdecimal() for number in numbers):
         raise Problem(f"bench_training.py {' '.join([what, *numbers])}: expected {' or '.join(measures)}, then whole numbers.")
     print(measures[what](*map(int, numbers)).round(4).to_string(index=False))
