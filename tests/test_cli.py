@@ -74,16 +74,22 @@ def test_evaluate_with_gradcam(folder):
         assert Image.open(folder / "out" / figure).size[0] > 300
 
 
+@pytest.fixture(scope="module")
+def photo(folder):
+    "A photo with transparency and a name that needs care, and what the Keras model says about it."
+    path = folder / "a photo ü.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 40, 4), dtype=np.uint8)).save(path)
+    return path, run("predict", "--model", "models/tiny/baseline", path, cwd=folder).stdout
+
+
 @pytest.mark.parametrize("options", [("onnx",), ("tflite",), ("savedmodel",), ("tflite", "--quantize")])
-def test_export_agrees_and_predicts(folder, options):
+def test_export_agrees_and_predicts(folder, photo, options):
     done = run("export", "--model", "models/tiny/baseline", "--format", *options, "--output", "-".join(options), cwd=folder)
     agreement = float(done.stdout.split("agrees with Keras on ")[1].split("%")[0])
     assert agreement >= (90 if "--quantize" in options else 99.9)
     artefact = done.stdout.split(":")[0]
-    image = folder / "a photo ü.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 40, 4), dtype=np.uint8)).save(image)
+    image, keras = photo
     printed = run("predict", "--model", artefact, image, cwd=folder).stdout
-    keras = run("predict", "--model", "models/tiny/baseline", image, cwd=folder).stdout
     if "--quantize" not in options:
         assert printed == keras
     assert any(name in printed for name in ["disc", "ring", "spiral", "heart", "star", "square", "cross", "arrow", "crescent", "triangle"])
