@@ -191,10 +191,13 @@ class FusedDepthwiseConv2D(AppliesNorm, keras.layers.DepthwiseConv2D):
         return super().plain and self.depth_multiplier == 1 and len(size) == len(stride) == 1 and min(size) >= 3 and max(stride) <= 2
 
     def call(self, inputs):
-        if not self.plain or None in inputs.shape[1:]:
+        if not self.plain:
             return super().call(inputs)
         kernel, offset = self.kernel_and_offset((-1, 1))
-        outputs = self.convolve(inputs, kernel)
+        if None in inputs.shape[1:]:   # the gradient wants to know the size
+            outputs = tf.nn.depthwise_conv2d(inputs, kernel, [1, *self.strides, 1], self.padding.upper())
+        else:
+            outputs = self.convolve(inputs, kernel)
         outputs = outputs if offset is None else tf.nn.bias_add(outputs, offset)
         return self.activation(outputs)
 
