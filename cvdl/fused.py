@@ -165,6 +165,10 @@ class AppliesNorm:
             kernel = keras.ops.cast(kernel, "float32") * keras.ops.reshape(scale, shape)
         return keras.ops.cast(kernel, self.compute_dtype), None if offset is None else keras.ops.cast(offset, self.compute_dtype)
 
+    def finished(self, outputs, offset):
+        "What is left to do behind the products."
+        return self.activation(outputs if offset is None else tf.nn.bias_add(outputs, offset))
+
 
 @keras.saving.register_keras_serializable(package="cvdl")
 class FusedConv2D(AppliesNorm, keras.layers.Conv2D):
@@ -177,8 +181,7 @@ class FusedConv2D(AppliesNorm, keras.layers.Conv2D):
             return super().call(inputs)
         kernel, offset = self.kernel_and_offset((-1,))
         outputs = convolution_by_products(inputs, kernel) if by_products else tf.nn.conv2d(inputs, kernel, self.strides, self.padding.upper())
-        outputs = outputs if offset is None else tf.nn.bias_add(outputs, offset)
-        return self.activation(outputs)
+        return self.finished(outputs, offset)
 
 
 @keras.saving.register_keras_serializable(package="cvdl")
@@ -198,8 +201,7 @@ class FusedDepthwiseConv2D(AppliesNorm, keras.layers.DepthwiseConv2D):
             outputs = tf.nn.depthwise_conv2d(inputs, kernel, [1, *self.strides, 1], self.padding.upper())
         else:
             outputs = self.convolve(inputs, kernel)
-        outputs = outputs if offset is None else tf.nn.bias_add(outputs, offset)
-        return self.activation(outputs)
+        return self.finished(outputs, offset)
 
     def convolve(self, inputs, kernel):
         "The convolution, which knows its gradient."

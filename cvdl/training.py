@@ -1006,8 +1006,9 @@ def _train(recipe: Recipe, splits: Splits, folder: Path, *, progress: bool, devi
         whiten(model, splits.train.images[:5000])
     if recipe.model in BACKBONES:
         spec = BACKBONES[recipe.model]
-        foreign = not weights.loaded or weights.random or (spec.from_torch and weights.source == spec.weight_file)   # statistics of other layers
-        head = prepare_backbone(model, recipe, splits, folder, recalibrate=bool(foreign), progress=progress)
+        whole = weights.loaded and not weights.random
+        recalibrate = not whole or (spec.from_torch and weights.source == spec.weight_file)   # statistics that nobody else has
+        head = prepare_backbone(model, recipe, splits, folder, recalibrate=recalibrate, progress=progress)
     history = fit(model, recipe, splits, folder, progress=progress, **options) if recipe.epochs else head["history"]
     facts = {"precision": precision, "devices": devices, "weights": str(weights), "head": head}
     return _finish(model, recipe, splits, folder, history, facts)

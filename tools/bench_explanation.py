@@ -93,25 +93,24 @@ def shortcuts(
             predictor = keras_predictor(model)
             recall = [(predictor(each.images[test]).argmax(axis=1) == SHAPE_CLASSES.index(name))[own].mean() for each in (shown, drawn)]
             table = find_shortcuts(predictor, shown.images[test], gradcam(model, shown.images[test]), SHAPE_CLASSES)
+            flagged = table.loc[table["flag"], "class"].tolist()
             rows.append({"seed": seed, "class": name, "patch": place or "none", "recall": recall[0], "recall without patch": recall[1],
-                         "flagged": ", ".join(table.loc[table["flag"], "class"])})
+                         "flagged": ", ".join(flagged), "right": flagged == ([name] if place else [])})
     return pd.DataFrame(rows)
 
 
 def bench(what: str = "speed", *numbers: str) -> None:
     "Measure one of them and print a table."
-    if what not in ("speed", "shortcuts") or (what == "speed" and numbers) or not all(number.isdecimal() for number in numbers):
-        raise Problem(f"bench_explanation.py {' '.join([what, *numbers])}: expected speed, or shortcuts and how many seeds.")
-    if what == "shortcuts":
+    if what == "speed" and not numbers:
+        print(f"maps of {CLASSES} classes, 32×32, {usable_threads()} threads; the first call compiles")
+        print(measure().round({"first call (s)": 2, "then (s)": 2, "maps/s": 0}).to_string(index=False))
+    elif what == "shortcuts" and all(number.isdecimal() for number in numbers):
         table = shortcuts(*map(int, numbers))
         print(table.round(2).to_string(index=False))
-        for place, group in table.groupby("patch", sort=False):
-            right = group["flagged"] == group["class"].where(place != "none", "")
-            print(f"patch {place}: right for {right.sum()} of {len(group)} networks")
-        return
-    table = measure()
-    print(f"maps of {CLASSES} classes, 32×32, {usable_threads()} threads; the first call compiles")
-    print(table.round({"first call (s)": 2, "then (s)": 2, "maps/s": 0}).to_string(index=False))
+        for place, right in table.groupby("patch", sort=False)["right"]:
+            print(f"patch {place}: right for {right.sum()} of {len(right)} networks")
+    else:
+        raise Problem(f"bench_explanation.py {' '.join([what, *numbers])}: expected speed, or shortcuts and how many seeds.")
 
 
 if __name__ == "__main__":
