@@ -10,6 +10,8 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
+import cvdl  # noqa: F401  before TensorFlow, whose switches it sets
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -86,8 +86,8 @@ def environment(
     "Variables that make a kernel the same on every machine."
     startup = ipython / "profile_default" / "startup"
     startup.mkdir(parents=True, exist_ok=True)
-    # nobody sees a widget in a headless run: let progress bars be text
-    (startup / "bars.py").write_text("import sys, tqdm.std\nsys.modules['tqdm.autonotebook'] = tqdm.std\ndel sys, tqdm\n")
+    # nobody sees a widget in a headless run: let progress bars be text; cvdl comes before TensorFlow, whose switches it sets
+    (startup / "start.py").write_text("import sys, cvdl, tqdm.std\nsys.modules['tqdm.autonotebook'] = tqdm.std\ndel sys, cvdl, tqdm\n")
     return {"IPYTHONDIR": str(ipython), "JUPYTER_PREFER_ENV_PATH": "1", "JUPYTER_PATH": "",
             "PYTHONPATH": str(ROOT), "PYDEVD_DISABLE_FILE_VALIDATION": "1", "PYTHONHASHSEED": "0", "KERAS_BACKEND": "tensorflow",
             "MPLBACKEND": "module://matplotlib_inline.backend_inline", "TF_CPP_MIN_LOG_LEVEL": "2"}
