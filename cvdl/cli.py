@@ -24,6 +24,8 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=N
 @app.callback()  # so that a command has its name also while it is the only one
 def _commands() -> None:
     "Train, evaluate, export and use image classifiers. The book behind it: make book."
+    if not sys.stderr.isatty():  # in a log every redrawing of a bar is a line
+        os.environ.setdefault("TQDM_MININTERVAL", "10")
 
 
 class ModelName(str, Enum):

@@ -115,6 +115,8 @@ def atomic(
         os.replace(partial, path)
         _remove(before)
     finally:
+        if not path.exists() and before.exists():  # the second step failed: back to what was there
+            os.replace(before, path)
         _remove(partial)
 
 

@@ -46,6 +46,11 @@ def test_train_again_opens_the_finished_run(folder):
     assert (folder / "models/tiny/baseline/model.keras").stat().st_mtime_ns == before
 
 
+def test_a_log_gets_a_line_of_a_bar_every_ten_seconds(tmp_path):
+    code = "from cvdl.cli import _commands; _commands(); from tqdm import tqdm; print(tqdm(range(3)).mininterval)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True).stdout == "10.0\n"
+
+
 def test_another_recipe_moves_the_old_run_aside(folder):
     run("train", "--num-images", 300, "--epochs", 1, "--run", "aside", cwd=folder)
     run("train", "--num-images", 300, "--epochs", 1, "--run", "aside", "--seed", 1, cwd=folder)

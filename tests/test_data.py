@@ -153,3 +153,19 @@ def test_a_folder_that_is_replaced_is_never_met_half(tmp_path, monkeypatch):
     write_entry(folder, "new")
     assert set(met) == {"old", "new"} and (folder / "a").read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["entry"], "the old one is gone"
+
+
+def test_a_folder_stays_when_its_successor_cannot_take_its_place(tmp_path, monkeypatch):
+    folder, replace = tmp_path / "entry", house.os.replace
+    write_entry(folder, "old")
+
+    def fail(source, target):
+        if str(source).endswith("partial"):
+            raise OSError("no space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(house.os, "replace", fail)
+    with pytest.raises(OSError, match="no space left"):
+        write_entry(folder, "new")
+    assert (folder / "b").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["entry"]

@@ -5,6 +5,8 @@ import re
 import signal
 import subprocess
 import time
+from importlib.util import cache_from_source, find_spec
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -226,3 +228,8 @@ def test_warning_fails_the_site(small_book):
     done = make(small_book, "book", code=2)
     assert "The site could not be rendered:" in done.stderr and "no_such_page" in done.stderr
     assert "The site could not be rendered:" in make(small_book, "book", code=2).stderr, "a second attempt must not pass"
+
+
+def test_the_environment_is_compiled():
+    for package in ["keras", "tensorflow"]:
+        assert Path(cache_from_source(find_spec(package).origin)).exists(), f"every process compiles {package} again; see tools/make_venv.sh"
