@@ -5,6 +5,7 @@ import errno
 import importlib.util
 import json
 import os
+import platform
 import random
 import shutil
 import signal
@@ -680,3 +681,11 @@ def test_layers_that_stayed_random_get_their_statistics_from_the_images(splits, 
         with pytest.raises(KeyboardInterrupt):
             train(dataclasses.replace(backbone_recipe(), pretrained=pretrained), splits, tmp_path / str(pretrained), progress=False)
     assert asked == [False, True]
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="oneDNN is for x86 processors")
+@pytest.mark.parametrize("given, kept", [({}, "1"), ({"TF_ENABLE_ONEDNN_OPTS": "0"}, "0")])
+def test_tensorflow_is_asked_for_onednn_unless_the_user_says_otherwise(given, kept):
+    environment = {**{key: value for key, value in os.environ.items() if key != "TF_ENABLE_ONEDNN_OPTS"}, **given}
+    code = "import cvdl, os, sys; assert 'tensorflow' not in sys.modules; print(os.environ['TF_ENABLE_ONEDNN_OPTS'])"
+    assert subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True).stdout.strip() == kept

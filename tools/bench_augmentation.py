@@ -2,6 +2,8 @@
 
 import os
 
+import cvdl  # noqa: F401  before TensorFlow, whose switches it sets
+
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 

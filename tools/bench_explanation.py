@@ -5,6 +5,8 @@
 
 import os
 
+import cvdl  # noqa: F401  before TensorFlow, whose switches it sets
+
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import sys

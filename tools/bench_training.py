@@ -7,6 +7,8 @@ With TORCH_PYTHON naming a Python that has PyTorch, each training of `accuracy` 
 
 import os
 
+import cvdl  # noqa: F401  before TensorFlow, whose switches it sets
+
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import dataclasses
