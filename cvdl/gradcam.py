@@ -8,7 +8,6 @@ __all__ = ['METHODS', 'map_layers', 'last_convolution', 'gradcam', 'gradcam_plus
            'grid_ceiling']
 
 # %% ../nbs/06_gradcam.ipynb #ddea5005
-import warnings
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 
@@ -24,11 +23,6 @@ from .evaluation import check_images, keras_predictor
 from .explanation_scores import check_class_indices, check_maps, energy_share
 from .house import grayscale
 from .shapes import show_rows
-
-with warnings.catch_warnings():  # tf-keras-vis 0.8.7 reaches SciPy's zoom by its old name
-    warnings.filterwarnings("ignore", "Please import `zoom`", DeprecationWarning)
-    from tf_keras_vis.saliency import Saliency
-    from tf_keras_vis.utils.scores import CategoricalScore
 
 # %% ../nbs/06_gradcam.ipynb #da234524
 _CONVOLUTIONS = (keras.layers.Conv2D, keras.layers.DepthwiseConv2D, keras.layers.SeparableConv2D,
@@ -242,10 +236,21 @@ def score_cam(
     return _enlarge(np.stack(maps), images.shape[1:3])
 
 # %% ../nbs/06_gradcam.ipynb #e6a00005
-def _gradient_size(model, images, classes):
-    "Absolute gradient of the score at each pixel of float images, the largest of the three colors."
-    explain = Saliency(_cut(model))
-    return np.asarray(explain(CategoricalScore(classes.tolist()), images, gradient_modifier=tf.abs, normalize_map=False))
+@lru_cache(maxsize=8)
+def _compiled_saliency(model):
+    "float32 images, class indices -> the absolute gradient of the score at each pixel, the largest of the colors."
+    network = _cut(model)
+
+    @tf.function(input_signature=[tf.TensorSpec((None, *model.input_shape[1:])), tf.TensorSpec((None,), tf.int32)], autograph=False)
+    def sizes(images, classes):
+        scores = network(images, training=False)
+        chosen = tf.cast(scores, tf.float32) * tf.one_hot(classes, scores.shape[1])
+        gradients = tf.gradients(tf.reduce_sum(chosen), images)[0]
+        if gradients is None:
+            raise ValueError(f"model: expected scores with a gradient at each pixel, those of {model.name!r} have none")
+        return tf.reduce_max(tf.abs(gradients), axis=-1)
+
+    return sizes
 
 
 def saliency(
@@ -275,13 +280,13 @@ def smooth_grad(
         raise ValueError(f"model: expected an input of floats, which have a gradient, {model.name!r} takes {model.inputs[0].dtype}")
     if samples < 1 or noise < 0:
         raise ValueError(f"samples, noise: expected at least 1 copy and noise of 0 or more, got {samples} and {noise}")
-    maps = []
+    compute, maps = _compiled_saliency(model), []
     for start in range(0, len(images), batch_size):
         pixels = images[start:start + batch_size].astype(np.float32)
         deviation = noise * np.ptp(pixels, axis=(1, 2, 3), keepdims=True)
         streams = [np.random.default_rng([seed, start + index]) for index in range(len(pixels))]  # an image's noise is its own
         copies = (np.stack([stream.standard_normal(pixels.shape[1:], np.float32) for stream in streams]) for _ in range(samples))
-        maps.append(sum(_gradient_size(model, np.clip(pixels + deviation * copy, 0, 255), classes[start:start + batch_size]) for copy in copies))
+        maps.append(sum(compute(np.clip(pixels + deviation * copy, 0, 255), classes[start:start + batch_size]).numpy() for copy in copies))
     return _scaled(np.concatenate(maps))
 
 
