@@ -64,8 +64,12 @@ def _quiet() -> Iterator[None]:
             os.close(kept)
 
 
-def _start_tensorflow() -> None:
+def _start_tensorflow(
+    model: Path | None = None,  # what the command reads; if it is missing, that is said before the seconds that this takes
+) -> None:
     "Import TensorFlow and let it look for devices without its log lines."
+    if model is not None and not model.exists():
+        raise FileNotFoundError(f"{model}: no such file or folder; --model takes a run's folder or a model's file")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     with _quiet():
         import tensorflow as tf
@@ -204,7 +208,7 @@ def evaluate(
     output: Annotated[Path, typer.Option(help="Folder for metrics.json and the figures.")] = Path("evaluation"),
 ):
     "Measure a model on the test images: metrics.json, the confusion matrix and, if asked for, Grad-CAM."
-    _start_tensorflow()
+    _start_tensorflow(model)
     import matplotlib
 
     matplotlib.use("agg")
@@ -250,7 +254,7 @@ def export(
 
     if quantize and format is not ExportFormat.tflite:
         raise DataError(f"--quantize: int8 is written as TFLite; use --format tflite, not {format.value}")
-    _start_tensorflow()
+    _start_tensorflow(model)
     from cvdl.evaluation import keras_predictor
     from cvdl.export import export as export_model
     from cvdl.export import load_predictor, parity
@@ -274,7 +278,7 @@ def predict(
     top: Annotated[int, typer.Option(min=1, help="Classes to name for each image.")] = 3,
 ):
     "Name the most probable classes of images."
-    _start_tensorflow()
+    _start_tensorflow(model)
     import numpy as np
 
     from cvdl.data import decode_image

@@ -691,6 +691,11 @@ def compile_model(
     loss = loss_of(recipe)
     jit = "auto" if tf.config.list_physical_devices("GPU") else False
     model.compile(optimizer, loss, metrics=["accuracy"], jit_compile=jit, steps_per_execution=recipe.steps_per_execution)
+    optimizer.build(model.trainable_variables)   # now: a first step that makes variables is traced three times instead of once
+    guess = np.full((1, model.output_shape[-1]), 1 / model.output_shape[-1], np.float32)
+    model.compute_loss(y=guess, y_pred=guess)
+    model.compute_metrics(None, guess, guess)
+    model.reset_metrics()
     return model
 
 # %% ../nbs/04_training.ipynb #942f53f7
@@ -778,11 +783,7 @@ def fit(
     steps = len(splits.train) // batch_size
     with model.distribute_strategy.scope():
         compile_model(model, recipe, steps=steps)
-        model.optimizer.build(model.trainable_variables)
         state = restore_state(folder / "checkpoint.npz", model) if (folder / "checkpoint.npz").exists() else State()
-        if state.metrics:                 # Keras makes their variables at the first use
-            guess = np.full((1, splits.num_classes), 1 / splits.num_classes, np.float32)
-            model.compute_metrics(None, guess, guess)
     done, best = len(state.history), None
     if done < recipe.epochs and not (done and done - best_epoch(state.history) >= recipe.patience):
         position = tf.Variable([done, state.step], dtype=tf.int64)
@@ -804,7 +805,7 @@ def fit(
 
 # %% ../nbs/04_training.ipynb #2bb53fb1
 def learning_rate_range(
-    model: keras.Model,               # as training would start with it; left as it was
+    model: keras.Model,               # as training would start with it; left as it was, and compiled
     recipe: Recipe,
     splits: Splits,
     *,
@@ -829,6 +830,7 @@ def learning_rate_range(
             break
     for i, variable in enumerate(model.variables):
         variable.assign(before[f"model_{i}"])
+    model.optimizer.learning_rate = recipe.learning_rate
     frame = pd.DataFrame(rows, columns=["learning_rate", "loss"])   # smoothed from both sides: the first losses are as noisy as the others
     return frame.assign(smoothed=gaussian_filter1d(frame["loss"], sigma=max(1.0, steps / 25), mode="nearest"))
 

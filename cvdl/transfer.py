@@ -15,6 +15,7 @@ import os
 import pickle
 import re
 import struct
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -377,6 +378,9 @@ def _store(path: Path | None, about: dict, shape: tuple[int, ...]) -> tuple[np.n
     return np.lib.format.open_memmap(path, "w+", np.float32, shape), 0
 
 
+_EXTRACTORS = weakref.WeakKeyDictionary()   # a model -> its backbone up to the pooled features, so that it is traced once
+
+
 def extract_features(
     model: keras.Model,           # from `transfer_model`
     images: np.ndarray,           # (N, H, W, 3) uint8
@@ -387,15 +391,18 @@ def extract_features(
     progress: bool = True,        # show a progress bar
 ) -> np.ndarray:                  # (N, C) float32, the pooled features
     "The pooled features of the backbone for every image."
-    features = keras.Model(model.input, model.get_layer("pooled_features").output)
-    features.jit_compile = False      # XLA compiles for seconds and then runs slower on a CPU
+    if model not in _EXTRACTORS:
+        _EXTRACTORS[model] = keras.Model(model.input, model.get_layer("pooled_features").output)
+        _EXTRACTORS[model].jit_compile = False      # XLA compiles for seconds and then runs slower on a CPU
+    features, size = _EXTRACTORS[model], min(batch_size, len(images))
     path = None if path is None else Path(path)
     about = {"model": model.name, "images": len(images), "image": list(images.shape[1:]), "mirror": mirror}
     result, done = _store(path, about, (len(images), features.output_shape[-1]))
     with tqdm(total=len(images), initial=done, desc=f"{model.name} features", unit=" images", disable=not progress, leave=False) as bar:
         for start in range(done, len(images), batch_size):
             batch = images[start:start + batch_size]
-            result[start:start + len(batch)] = features.predict_on_batch(batch[:, :, ::-1] if mirror else batch)
+            padded = np.concatenate([batch, np.zeros((size - len(batch), *batch.shape[1:]), batch.dtype)])   # one shape is traced once
+            result[start:start + len(batch)] = features.predict_on_batch(padded[:, :, ::-1] if mirror else padded)[:len(batch)]
             bar.update(len(batch))
             if path is not None and (start // batch_size % 20 == 19 or start + batch_size >= len(images)):
                 result.flush()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 import cvdl  # noqa: F401  before TensorFlow, whose switches it sets
@@ -24,7 +25,7 @@ def make(
     folder: Path,
     *words: str,          # targets and VARIABLE=value
     code: int = 0,        # expected exit code
-    timeout: float = 900,
+    timeout: float = 2400,  # seconds, against a make that hangs; the whole tiny book takes a slow machine a quarter of an hour
 ) -> subprocess.CompletedProcess:
     "Run make in `folder`, as a user would, and check how it ends."
     done = subprocess.run(["make", *words], cwd=folder, env=environment(), capture_output=True, text=True, timeout=timeout)
@@ -51,7 +52,7 @@ def clone(
 
 def pytest_collection_modifyitems(items):
     "The longest files first: a file goes to one worker, and nobody should wait for the last."
-    longest = ["test_tiny_book", "test_fashion_mnist", "test_training", "test_notebooks"]
+    longest = ["test_tiny_book", "test_fashion_mnist", "test_training", "test_photos"]
     items.sort(key=lambda item: longest.index(item.path.stem) if item.path.stem in longest else len(longest))
 
 
@@ -59,6 +60,27 @@ def pytest_collection_modifyitems(items):
 def book(tmp_path_factory) -> Path:
     "A copy of the whole repository without any run."
     return clone(tmp_path_factory.mktemp("book") / "cvdl", "_toc.yml", "nbs", "cvdl")
+
+
+@pytest.fixture(scope="session")
+def experiments(tmp_path_factory) -> Path:
+    """A copy whose chapters have only what their experiments need: parameters, exports, imports and the experiment.
+
+    For runs on other data and for interrupted ones. Lessons know nothing of either; the run `tiny` has them all.
+    The profile `brief` is `tiny` without range tests, `baseline` has no other model as well.
+    """
+    folder = clone(tmp_path_factory.mktemp("experiments") / "cvdl", "_toc.yml", "nbs", "cvdl")
+    for path in (folder / "nbs").glob("[0-9][0-9]_*.ipynb"):
+        notebook = nbformat.read(path, as_version=4)
+        notebook.cells = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])
+                          or cell.cell_type == "markdown" or cell.source.startswith(("#|", "import ", "from "))]
+        nbformat.write(notebook, path)
+    profile = yaml.safe_load((folder / "nbs" / "profiles" / "tiny.yml").read_text())
+    profile["chapters"]["04_training"]["range_steps"] = 0
+    (folder / "nbs" / "profiles" / "brief.yml").write_text(yaml.safe_dump(profile))
+    del profile["chapters"]["04_training"]["recipes"][1:]
+    (folder / "nbs" / "profiles" / "baseline.yml").write_text(yaml.safe_dump(profile))
+    return folder
 
 
 @pytest.fixture(scope="session")

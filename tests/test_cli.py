@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -52,7 +53,7 @@ def test_a_log_gets_a_line_of_a_bar_every_ten_seconds(tmp_path):
 
 
 def test_another_recipe_moves_the_old_run_aside(folder):
-    run("train", "--num-images", 300, "--epochs", 1, "--run", "aside", cwd=folder)
+    shutil.copytree(folder / "models/tiny", folder / "models/aside")
     run("train", "--num-images", 300, "--epochs", 1, "--run", "aside", "--seed", 1, cwd=folder)
     assert list((folder / "models/aside/replaced").glob("baseline-*/model.keras"))
 
@@ -150,6 +151,18 @@ def test_bad_input_is_one_sentence(folder, words, expected):
     done = run(*words, cwd=folder, code=1)
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     assert len(lines) == 1 and lines[0].startswith("cvdl: ") and expected in lines[0], done.stderr
+
+
+@pytest.mark.parametrize("words", [["predict", "--model", "nowhere.onnx", "x.png"], ["evaluate", "--model", "nowhere"], ["train", "--data", "no-such-data"]])
+def test_what_is_missing_is_said_before_tensorflow_loads(tmp_path, words):
+    code = f"""import sys, cvdl.cli
+sys.argv = ["cvdl", *{words}]
+try:
+    cvdl.cli.main()
+finally:
+    print("tensorflow" in sys.modules)"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("cvdl: ") and done.stdout == "False\n"
 
 
 @pytest.mark.parametrize("words", [["train", "--model", "vgg"], ["export", "--model", "x", "--format", "pdf"], ["paint"]])

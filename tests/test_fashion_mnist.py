@@ -1,4 +1,4 @@
-"Fashion-MNIST, as Debian packages it, through every chapter."
+"Fashion-MNIST, as Debian packages it, through the experiment of every chapter."
 
 import json
 import os
@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 from common import chapters
-from conftest import clone, make
+from conftest import make
 
 from cvdl import data
 
@@ -32,11 +32,10 @@ def test_the_package_is_read_as_published(tmp_path, monkeypatch):
     assert round(float(splits.train.images.mean() / 255), 2) == 0.29, "the mean gray that is published with the data"
 
 
-def test_every_chapter(tmp_path, monkeypatch):   # the appendices know nothing of the data
+def test_every_experiment(experiments, tmp_path, monkeypatch):   # lessons and appendices know nothing of the data
     monkeypatch.setenv("CVDL_HOME", str(tmp_path / "home"))
-    book = clone(tmp_path / "cvdl", "_toc.yml", "nbs", "cvdl")
-    make(book, f"models/fashion_mnist-tiny/stamps/{chapters()[-1]}.done", "PROFILE=tiny", "DATA=fashion_mnist")
-    results = book / "results" / "fashion_mnist-tiny"
+    make(experiments, f"models/fashion_mnist-tiny/stamps/{chapters()[-1]}.done", "PROFILE=tiny", "DATA=fashion_mnist")
+    results = experiments / "results" / "fashion_mnist-tiny"
     splits = data.load("fashion_mnist", num_images=400)
     read = {path.stem: json.loads(path.read_text()) for path in results.glob("*.json")}
     assert {content["provenance"]["data"]["fingerprint"] for content in read.values() if "provenance" in content} == {splits.fingerprint}

@@ -1,6 +1,7 @@
 "Notebooks and modules: clean, in sync, in order, and their lesson cells pass."
 
 import ast
+import builtins
 import json
 import re
 import shutil
@@ -146,9 +147,28 @@ def test_foundations_import_no_chapter(name):
     assert imported(ROOT / "cvdl" / f"{name}.py") <= set(FOUNDATIONS) - {name}
 
 
-def test_lesson_cells_of_chapters_pass():   # an appendix runs whole, and as it is, in the book of test_tiny_book
-    "One after the other in one process, which imports TensorFlow once."
-    run(BIN / "nbdev_test", "--path", "nbs", "--file_re", r"^\d\d_", "--n_workers", 0)
+def test_lesson_cells_pass_alone():
+    "As a reader's `nbdev_test` runs them; one chapter stands for all, whose lesson cells run in the book of test_tiny_book."
+    run(BIN / "nbdev_test", "--path", "nbs/10_report.ipynb", "--n_workers", 0)
+
+
+@notebooks
+def test_lesson_cells_need_no_experiment(path):
+    "What a lesson uses is defined outside of the cells that `nbdev_test` leaves out."
+    outside, experiment = set(dir(builtins)), set()
+    for source in sources(path, "code"):
+        tree = ast.parse(source)
+        names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+        used = {node.id for node in names if isinstance(node.ctx, ast.Load)}
+        defined = {node.id for node in names if isinstance(node.ctx, ast.Store)}
+        defined |= {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        defined |= {(alias.asname or alias.name).split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)
+                    for alias in node.names}
+        if source.startswith("#| slow"):
+            experiment |= defined
+        else:
+            outside |= defined
+            assert not (used & experiment) - outside, f"only the experiment defines {', '.join((used & experiment) - outside)}"
 
 
 def test_ruff_is_content():

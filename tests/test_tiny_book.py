@@ -1,4 +1,4 @@
-"The whole book with the profile `tiny`: what it leaves, what a kill changes, a user's own photos, and its site in a real browser."
+"The whole book with the profile `tiny`: what it leaves, what a kill changes, and its site in a real browser."
 
 import csv
 import functools
@@ -20,9 +20,6 @@ from build_site import number
 from common import RESULTS, appendices, chapters, listed
 from conftest import environment, make
 from execution import LARGEST
-from PIL import Image
-
-from cvdl.shapes import draw_shapes
 
 CHAPTERS, APPENDICES = chapters(), appendices()
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -78,76 +75,31 @@ def test_second_make_does_nothing(tiny):
     assert make(tiny, "book", "PROFILE=tiny").stdout == "Nothing to do: the run tiny is finished, its site is _build/html/index.html\n"
 
 
-def test_killed_training_ends_with_the_same_metrics(tiny):
+def test_killed_training_ends_with_the_same_metrics(tiny, experiments):
     "Killed in the middle of chapter 04 and started again; losses agree to 1 %, as sums of floats in another order do."
-    models = tiny / "models" / "killed"
-    make(tiny, "plan", "PROFILE=tiny", "RUN=killed")
+    models = experiments / "models" / "killed"
+    make(experiments, "plan", "PROFILE=brief", "RUN=killed")
     shutil.copytree(tiny / "models" / "tiny" / "splits", models / "splits")
     (models / "stamps").mkdir()
     for chapter in CHAPTERS[: CHAPTERS.index("04_training")]:   # these have run
         (models / "stamps" / f"{chapter}.done").touch()
     training = models / "baseline" / "training.log"
-    process = subprocess.Popen(["make", "chapters", "PROFILE=tiny", "RUN=killed"], cwd=tiny, env=environment(), start_new_session=True,
+    process = subprocess.Popen(["make", "chapters", "PROFILE=brief", "RUN=killed"], cwd=experiments, env=environment(), start_new_session=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    deadline = time.time() + 400
+    deadline = time.time() + 1200
     while not (training.exists() and training.stat().st_size):  # the first epoch is on disk, the second has begun
         assert process.poll() is None and time.time() < deadline, process.communicate()[0]
         time.sleep(0.05)
     os.killpg(process.pid, 9)
     process.communicate()
     assert not (models / "stamps" / "04_training.done").exists() and not (models / "baseline" / "model.keras").exists()
-    make(tiny, "models/killed/stamps/04_training.done", "PROFILE=tiny", "RUN=killed")
+    make(experiments, "models/killed/stamps/04_training.done", "PROFILE=brief", "RUN=killed")
     for model in ("baseline", "efficientnet-lite0"):
-        straight, resumed = (list(csv.DictReader((tiny / "models" / run / model / "history.csv").open())) for run in ("tiny", "killed"))
+        straight, resumed = (list(csv.DictReader((run / model / "history.csv").open())) for run in (tiny / "models" / "tiny", models))
         assert len(straight) == len(resumed)
         for one, other in zip(straight, resumed, strict=True):
             for key in ("loss", "val_loss", "learning_rate"):
                 np.testing.assert_allclose(float(other[key]), float(one[key]), rtol=0.01)
-
-
-@pytest.mark.parametrize("problem, expected", [
-    ("no such name", "no-such-data"), ("empty folder", "empty"), ("one class", "one class"), ("one damaged file", "damaged"),
-    ("many damaged files", "max_left_out"),
-])
-def test_data_that_cannot_be_used_is_one_sentence(tiny, tmp_path, problem, expected):
-    folder = tmp_path / "photos"
-    if problem == "no such name":
-        folder = "no-such-data"
-    elif problem == "empty folder":
-        folder.mkdir()
-    else:
-        (folder / "cat").mkdir(parents=True)
-        (folder / "cat" / "a.png").write_bytes(b"not a picture")
-        if problem == "many damaged files":
-            (folder / "dog").mkdir()
-            for index, image in enumerate(draw_shapes(24, size=16, seed=0).images):
-                Image.fromarray(image).save(folder / ("cat", "dog")[index % 2] / f"{index}.png")
-                (folder / "dog" / f"bad {index}.png").write_bytes(b"not a picture")
-    done = make(tiny, "chapters", f"DATA={folder}", "RUN=wrong", "PROFILE=tiny", code=2)
-    said = done.stderr.splitlines()
-    assert re.match(r"chapter 00_data, cell \d+ \(In \[\d+\]\): DataError: \S", said[0]) and len(said) == 3
-
-
-def test_a_folder_of_photos_trains_and_names_the_damaged_file(tiny, tmp_path):
-    rng = np.random.default_rng(0)
-    for index, name in enumerate(["cat", "dog", "bird"]):
-        folder = tmp_path / "my photos" / name
-        folder.mkdir(parents=True)
-        for i in range(12):
-            mode = ["RGB", "L", "RGBA"][i % 3]
-            pixels = rng.integers(0, 80, (30 + 7 * i, 90 - 5 * i, 3)) + 80 * np.eye(3, dtype=int)[index]
-            Image.fromarray(pixels.astype(np.uint8)).convert(mode).save(folder / f"{i}.png")
-    (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 no more")
-
-    make(tiny, "models/photos/stamps/05_evaluation.done", "PROFILE=tiny", f"DATA={tmp_path / 'my photos'}", "RUN=photos")
-
-    results = tiny / "results" / "photos"
-    (entry,) = json.loads((results / "data.json").read_text())["left_out"]
-    assert entry["file"].endswith("broken.jpg") and entry["reason"]
-    assert "left out 1 of 37 files" in (results / "nbs" / "00_data.ipynb").read_text()
-    evaluation = json.loads((results / "evaluation.json").read_text())
-    assert set(evaluation["models"]) == {"baseline", "efficientnet-lite0"}
-    assert set(evaluation["models"]["baseline"]["test"]["per_class"]) == {"cat", "dog", "bird"}
 
 
 # -- the site -----------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from cvdl import training
 from cvdl.augmentation import Policy
 from cvdl.data import DataError, load
 from cvdl.training import Recipe, Run, resume, train
+from cvdl.transfer import extract_features
 
 matplotlib.use("agg")
 CVDL = Path(sys.executable).with_name("cvdl")
@@ -584,6 +585,33 @@ def test_deeper_layers_take_shorter_steps(splits):
 def test_fields_that_do_not_fit_are_refused(changes, word):
     with pytest.raises(ValueError, match=f"^{word}: "):
         dataclasses.replace(backbone_recipe(), **changes)
+
+
+def test_a_step_is_traced_once(splits):
+    "Variables made inside the first step would have Keras trace it twice more: seconds before a training starts."
+    recipe, traced = dataclasses.replace(SMALL, optimizer="adam", weight_decay=0.01), []
+    model, _ = training.build_model(recipe, splits.image_shape, 10)
+    training.compile_model(model, recipe, steps=7)
+    call = model.call
+    model.call = lambda *inputs, **options: traced.append(options.get("training")) or call(*inputs, **options)
+    stream, _ = training.training_stream(splits.train, 10, policy=recipe.policy, batch_size=32, seed=0)
+    model.fit(stream, steps_per_epoch=3, verbose=0)
+    assert len(traced) == 1 and int(model.optimizer.iterations) == 3
+
+
+def test_features_are_traced_for_two_sizes_at_most(splits):
+    "Training images, their mirror images and the validation images: the last batches are filled up, the extractor is kept."
+    model, _ = training.build_model(backbone_recipe(), splits.image_shape, 10)
+    layer, traced = model.get_layer("pooled_features"), []
+    call = layer.call
+    layer.call = lambda inputs: traced.append(inputs.shape) or call(inputs)
+    few = splits.train.images[:40]
+    views = [extract_features(model, images, mirror=mirror, batch_size=16, progress=False)
+             for images, mirror in [(few, False), (few, True), (few[:11], False)]]
+    assert len(traced) <= 2
+    assert [each.shape for each in views] == [(40, 1280), (40, 1280), (11, 1280)]
+    np.testing.assert_allclose(views[0][:11], views[2], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(views[1], extract_features(model, few[:, :, ::-1], batch_size=40, progress=False), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("flip", [True, False])
