@@ -1,6 +1,7 @@
 "Make as the pipeline, on a book of three small chapters: what runs again, what is refused, what a kill leaves behind."
 
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import yaml
 from bs4 import BeautifulSoup
 from conftest import environment, make, write_chapter
+from jupyter_client import KernelManager
 
 
 def chapters_run(done) -> list[str]:
@@ -233,3 +235,21 @@ def test_warning_fails_the_site(small_book):
 def test_the_environment_is_compiled():
     for package in ["keras", "tensorflow"]:
         assert Path(cache_from_source(find_spec(package).origin)).exists(), f"every process compiles {package} again; see tools/make_venv.sh"
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="cvdl sets the switch there alone")
+def test_a_kernel_of_jupyterlab_gets_the_switches_before_tensorflow():
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("TF_")}
+    manager = KernelManager(kernel_name="python3")
+    manager.start_kernel(env=environment)
+    client = manager.client()
+    try:
+        client.start_channels()
+        client.wait_for_ready(timeout=120)
+        said = []
+        client.execute_interactive("import os, sys; print(*(os.environ.get(f'TF_{name}') for name in ('ENABLE_ONEDNN_OPTS', 'CPP_MIN_LOG_LEVEL')),"
+                                   " 'tensorflow' in sys.modules)", timeout=120, output_hook=lambda message: said.append(message["content"].get("text")))
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+    assert "1 2 False\n" in said

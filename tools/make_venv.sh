@@ -32,4 +32,9 @@ if ! { "$venv/bin/python" -m pip install --quiet uv &&
     "$venv/bin/python" -m pip install --quiet --requirement requirements.txt
 fi
 "$venv/bin/python" -m pip install --quiet --no-deps --no-build-isolation --editable .
+# A chapter in JupyterLab imports Keras first; its kernel gets before that what cvdl sets, and no log lines of TensorFlow.
+mkdir -p "$venv/etc/ipython"
+cat >"$venv/etc/ipython/ipython_config.py" <<'EOF'
+c.InteractiveShellApp.exec_lines = ["__import__('os').environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2'); __import__('cvdl');"]
+EOF
 touch "$venv/.ready"
