@@ -691,7 +691,7 @@ def compile_model(
     loss = loss_of(recipe)
     jit = "auto" if tf.config.list_physical_devices("GPU") else False
     model.compile(optimizer, loss, metrics=["accuracy"], jit_compile=jit, steps_per_execution=recipe.steps_per_execution)
-    optimizer.build(model.trainable_variables)   # now: a first step that makes variables is traced three times instead of once
+    optimizer.build(model.trainable_variables)   # now: a first step that makes variables is traced twice
     guess = np.full((1, model.output_shape[-1]), 1 / model.output_shape[-1], np.float32)
     model.compute_loss(y=guess, y_pred=guess)
     model.compute_metrics(None, guess, guess)

@@ -588,7 +588,7 @@ def test_fields_that_do_not_fit_are_refused(changes, word):
 
 
 def test_a_step_is_traced_once(splits):
-    "Variables made inside the first step would have Keras trace it twice more: seconds before a training starts."
+    "Variables made inside the first step would have TensorFlow trace it again: seconds before a training starts."
     recipe, traced = dataclasses.replace(SMALL, optimizer="adam", weight_decay=0.01), []
     model, _ = training.build_model(recipe, splits.image_shape, 10)
     training.compile_model(model, recipe, steps=7)

@@ -6,9 +6,9 @@ venv=$1
 if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     rm -rf "$venv"
     found=
-    # /usr/bin first: distributions build Python with profile-guided optimization, pyenv does not unless told to. Importing
-    # TensorFlow and tracing a model are Python, and take 1.7 times as long without it. A Python without ensurepip makes no
-    # environment that pip is in: Debian's lacks it until python3-venv is installed.
+    # /usr/bin first: distributions build Python with profile-guided optimization, pyenv does not unless told to, and then
+    # TensorFlow's import and the tracing of models take a fifth longer. Without ensurepip, which Debian has in python3-venv,
+    # a Python makes no environment with pip in it.
     for candidate in /usr/bin/python3.11 python3.11 python3 python; do
         if "$candidate" -c 'import ensurepip, sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; then
             found=$candidate
