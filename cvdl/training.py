@@ -671,6 +671,7 @@ def compile_model(
     recipe: Recipe,
     *,
     steps: int,                       # training steps an epoch
+    average: float = 0.0,             # momentum of a moving average of the weights, which the optimizer keeps; 0: none
 ) -> keras.Model:                     # the same model
     "Optimizer, schedule and loss of the recipe. XLA stays off on a CPU, where it was measured four times slower."
     rate = recipe.learning_rate
@@ -688,6 +689,8 @@ def compile_model(
         optimizer = keras.optimizers.Adam(rate, weight_decay=decay)
     if decay:
         optimizer.exclude_from_weight_decay(var_names=["gamma", "beta", "bias"])
+    if average:
+        optimizer.use_ema, optimizer.ema_momentum = True, average
     loss = loss_of(recipe)
     jit = "auto" if tf.config.list_physical_devices("GPU") else False
     model.compile(optimizer, loss, metrics=["accuracy"], jit_compile=jit, steps_per_execution=recipe.steps_per_execution)

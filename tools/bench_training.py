@@ -125,9 +125,7 @@ def one_training(
     model = change(model) if change else model
     stream, steps = training_stream(train, num_classes, policy=recipe.policy, batch_size=recipe.batch_size, seed=recipe.seed,
                                     epochs=recipe.epochs, small=(recipe.small_scale, recipe.small_epochs))
-    compile_model(model, recipe, steps=steps)
-    if average:
-        model.optimizer.use_ema, model.optimizer.ema_momentum = True, average
+    compile_model(model, recipe, steps=steps, average=average)
     tell = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: print(
         f"  seed {recipe.seed}, epoch {epoch + 1}/{recipe.epochs}: loss {logs['loss']:.3f}, {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True))
     started = time.perf_counter()
