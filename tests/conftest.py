@@ -50,11 +50,6 @@ def clone(
     return folder
 
 
-def pytest_xdist_auto_num_workers(config) -> int:
-    "One more than processors: where a test waits for a kernel or a browser, another computes."
-    return len(os.sched_getaffinity(0)) + 1
-
-
 def pytest_collection_modifyitems(items):
     "The longest files first: a file goes to one worker, and nobody should wait for the last."
     longest = ["test_tiny_book", "test_fashion_mnist", "test_training", "test_photos"]
