@@ -67,7 +67,7 @@ def experiments(tmp_path_factory) -> Path:
     """A copy whose chapters have only what their experiments need: parameters, exports, imports and the experiment.
 
     For runs on other data and for interrupted ones. Lessons know nothing of either; the run `tiny` has them all.
-    The profile `brief` is `tiny` without range tests, `baseline` has no other model as well.
+    The profile `brief` is `tiny` without range tests.
     """
     folder = clone(tmp_path_factory.mktemp("experiments") / "cvdl", "_toc.yml", "nbs", "cvdl")
     for path in (folder / "nbs").glob("[0-9][0-9]_*.ipynb"):
@@ -78,8 +78,6 @@ def experiments(tmp_path_factory) -> Path:
     profile = yaml.safe_load((folder / "nbs" / "profiles" / "tiny.yml").read_text())
     profile["chapters"]["04_training"]["range_steps"] = 0
     (folder / "nbs" / "profiles" / "brief.yml").write_text(yaml.safe_dump(profile))
-    del profile["chapters"]["04_training"]["recipes"][1:]
-    (folder / "nbs" / "profiles" / "baseline.yml").write_text(yaml.safe_dump(profile))
     return folder
 
 

@@ -45,12 +45,12 @@ def test_a_folder_of_photos_trains_and_names_the_damaged_file(experiments, tmp_p
             Image.fromarray(pixels.astype(np.uint8)).convert(mode).save(folder / f"{i}.png")
     (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 no more")
 
-    make(experiments, "models/photos/stamps/05_evaluation.done", "PROFILE=baseline", f"DATA={tmp_path / 'my photos'}", "RUN=photos")
+    make(experiments, "models/photos/stamps/05_evaluation.done", "PROFILE=brief", f"DATA={tmp_path / 'my photos'}", "RUN=photos")
 
     results = experiments / "results" / "photos"
     (entry,) = json.loads((results / "data.json").read_text())["left_out"]
     assert entry["file"].endswith("broken.jpg") and entry["reason"]
     assert "left out 1 of 37 files" in (results / "nbs" / "00_data.ipynb").read_text()
     evaluation = json.loads((results / "evaluation.json").read_text())
-    assert set(evaluation["models"]) == {"baseline"}
+    assert set(evaluation["models"]) == {"baseline", "efficientnet-lite0"}
     assert set(evaluation["models"]["baseline"]["test"]["per_class"]) == {"cat", "dog", "bird"}
