@@ -1125,6 +1125,7 @@ def plot_history(
     axes[0].set(title=run.name)
     axes[1].legend(fontsize="small")
     axes[2].plot(history["epoch"], history["learning_rate"], marker=".", color="tab:green")
-    axes[2].set(xlabel="epoch", ylabel="learning rate", ylim=(0, None), xlim=(0.5, len(history) + 0.5))
+    axes[2].set(xlabel="epoch", ylim=(0, None), xlim=(0.5, len(history) + 0.5))
+    axes[2].set_ylabel("learning rate", fontsize="small")
     axes[2].xaxis.get_major_locator().set_params(integer=True)
     return axes
