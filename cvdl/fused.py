@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MANY_CHANNELS', 'FUSED', 'PLAIN', 'FusedBatchNormalization', 'custom_gradient', 'added_by_padding', 'pixel_gradient',
-           'kernel_gradient', 'dense_kernel_gradient', 'convolution_by_products', 'fused_silu', 'FusedActivation',
-           'AppliesNorm', 'FusedConv2D', 'FusedDepthwiseConv2D', 'hand_over']
+           'kernel_gradient', 'dense_kernel_gradient', 'convolution_by_products', 'fused_silu', 'fused_hard_silu',
+           'FusedActivation', 'AppliesNorm', 'FusedConv2D', 'FusedDepthwiseConv2D', 'hand_over']
 
 # %% ../nbs/fused.ipynb #deab19e2
 import contextlib
@@ -153,12 +153,34 @@ def fused_silu(inputs):   # a tensor, (…)
     return tf.nn.silu(inputs), lambda gradient: _silu_gradient(inputs, gradient)
 
 
+@tf.function(jit_compile=True)
+def _hard_silu(inputs):
+    x = tf.cast(inputs, tf.float32)
+    return tf.cast(x * tf.clip_by_value(x / 6 + 0.5, 0, 1), inputs.dtype)
+
+
+@tf.function(jit_compile=True)
+def _hard_silu_gradient(inputs, gradient):
+    x = tf.cast(inputs, tf.float32)
+    slope = tf.where(tf.abs(x) < 3, x / 3 + 0.5, tf.cast(x > 0, tf.float32))
+    return tf.cast(tf.cast(gradient, tf.float32) * slope, inputs.dtype)
+
+
+@custom_gradient
+def fused_hard_silu(inputs):   # a tensor, (…)
+    "Hard SiLU in one pass, and its gradient in another."
+    return _hard_silu(inputs), lambda gradient: _hard_silu_gradient(inputs, gradient)
+
+
+_ACTIVATIONS = {keras.activations.silu: fused_silu, keras.activations.hard_silu: fused_hard_silu}
+
+
 @keras.saving.register_keras_serializable(package="cvdl")
 class FusedActivation(keras.layers.Activation):
-    "Activation, with a faster gradient where it is SiLU."
+    "Activation, faster where it is SiLU or hard SiLU."
 
     def call(self, inputs):
-        return fused_silu(inputs) if self.activation is keras.activations.silu else super().call(inputs)
+        return _ACTIVATIONS.get(self.activation, super().call)(inputs)
 
 # %% ../nbs/fused.ipynb #253ce268
 class AppliesNorm:

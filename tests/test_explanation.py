@@ -430,7 +430,7 @@ def test_bad_maps_and_masks_are_named():
 def test_networks_that_read_one_position_are_explained_too(shapes):
     "A maximum instead of an average behind the last maps."
     model = whiten(fast_cnn((32, 32, 3), 10, filters=(8, 16)), shapes.images)
-    assert last_convolution(model) == "group2_relu2"
+    assert last_convolution(model) == "group2_activation2"
     for name in ("Grad-CAM", "Grad-CAM++"):
         maps = METHODS[name](model, shapes.images)
         assert check_maps(maps, shapes.images).max() == 1

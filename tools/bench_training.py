@@ -23,13 +23,14 @@ from pathlib import Path
 import keras
 import numpy as np
 import pandas as pd
+import yaml
 from bench_augmentation import interleaved, ratios
-from common import RESULTS, Problem, main
+from common import RESULTS, ROOT, Problem, main
 
 from cvdl.baseline import whiten
 from cvdl.data import Images, load, provenance, read_json, write_json
 from cvdl.evaluation import augmented_predictor, keras_predictor, wilson_interval
-from cvdl.fused import PLAIN
+from cvdl.fused import PLAIN, FusedActivation
 from cvdl.shapes import draw_shapes
 from cvdl.training import Recipe, build_model, compile_model, compute_precision, float32_twin, starting_recipe, training_stream, with_input
 from cvdl.transfer import BACKBONES, unfreeze_top
@@ -150,6 +151,13 @@ def framed(training: Callable[[], dict]) -> dict:
     return row
 
 
+def recipe_of_the_book(**changes) -> Recipe:
+    "How the CIFAR-10 run of the book trains fast-cnn."
+    profile = yaml.safe_load((ROOT / "nbs" / "profiles" / "cifar10.yml").read_text(encoding="utf-8"))
+    values = next(each for each in profile["chapters"]["04_training"]["recipes"] if each["model"] == "fast-cnn")
+    return starting_recipe(**{**values, **changes})
+
+
 def kept_rows(file: Path, recipe: Recipe) -> list[dict]:
     "The rows of a file that this recipe made."
     known = read_json(file) if file.exists() else {}
@@ -159,7 +167,7 @@ def kept_rows(file: Path, recipe: Recipe) -> list[dict]:
 def accuracy(seeds: int = 3) -> pd.DataFrame:
     "fast-cnn on the 50 000 training images of CIFAR-10, judged by the 10 000 test images; results/cifar10/time_to_accuracy.json keeps it."
     splits, file = load("cifar10"), RESULTS / "cifar10" / "time_to_accuracy.json"
-    train, recipe = merged(splits.train, splits.validation), starting_recipe("fast-cnn")
+    train, recipe = merged(splits.train, splits.validation), recipe_of_the_book()
     rows = kept_rows(file, recipe)
     for seed in sorted(set(range(seeds)) - {row["seed"] for row in rows}):
         own = dataclasses.replace(recipe, seed=seed)
@@ -181,7 +189,7 @@ def shown(rows: list[dict]) -> pd.DataFrame:
 
 def short(epochs: int = 2) -> pd.DataFrame:
     "The first epochs of `accuracy`, with a schedule of their own: whether a machine or a change is fast, and learns, in minutes."
-    splits, recipe = load("cifar10"), starting_recipe("fast-cnn", epochs=epochs)
+    splits, recipe = load("cifar10"), recipe_of_the_book(epochs=epochs)
     train = merged(splits.train, splits.validation)
     return shown([{"epochs": epochs, **one_training(train, splits.test, splits.num_classes, recipe)}])
 
@@ -232,16 +240,16 @@ def restarted(initializer: Callable, *, whole: bool) -> Change:
     return change
 
 
-class Smooth(keras.layers.ReLU):
-    "SiLU in the place of a ReLU."
+class Sharp(keras.layers.Activation):
+    "ReLU in the place of hard SiLU."
 
     def call(self, inputs):
-        return keras.ops.silu(inputs)
+        return keras.ops.relu(inputs) if self.activation is keras.activations.hard_silu else super().call(inputs)
 
 
-def smooth_activations(model: keras.Model) -> keras.Model:
-    "SiLU in place of ReLU."
-    return with_input(model, model.input_shape[1:], swap={keras.layers.ReLU: Smooth})
+def sharp_activations(model: keras.Model) -> keras.Model:
+    "ReLU in place of hard SiLU."
+    return with_input(model, model.input_shape[1:], swap={FusedActivation: Sharp})
 
 
 def ingredients(recipe: Recipe) -> dict[str, dict]:   # what `one_training` is given
@@ -261,6 +269,7 @@ def ingredients(recipe: Recipe) -> dict[str, dict]:   # what `one_training` is g
         "− whitening: the first layer is learned": changed(first_layer_learned),
         "− copies: kernels start at random": changed(restarted(keras.initializers.HeNormal, whole=True)),
         "− quiet start: Glorot beside the copies": changed(restarted(keras.initializers.GlorotUniform, whole=False)),
+        "− hard SiLU: ReLU in its place": changed(sharp_activations),
         "− label smoothing": with_recipe(label_smoothing=0.0),
         "− schedule: the learning rate is constant": with_recipe(schedule="constant"),
         "− Muon: SGD in its place": with_recipe(optimizer="sgd", learning_rate=0.05, weight_decay=5e-4),
@@ -268,7 +277,6 @@ def ingredients(recipe: Recipe) -> dict[str, dict]:   # what `one_training` is g
         "− turns: flips at random": with_policy(alternating_flip=False, horizontal_flip=True),
         "− shifts": with_policy(translate=0.0),
         "− small images first": with_recipe(small_scale=1.0),
-        "+ SiLU in place of ReLU": changed(smooth_activations),
         "+ a gray box of 8 pixels": with_policy(cutout=0.25),
         "+ averaged weights (EMA, 0.95 a step)": {"recipe": recipe, "average": 0.95},
         "the plain network, by its own recipe": {"recipe": starting_recipe("baseline", epochs=recipe.epochs, seed=recipe.seed)},
@@ -278,7 +286,7 @@ def ingredients(recipe: Recipe) -> dict[str, dict]:   # what `one_training` is g
 def ablation(epochs: int = 4) -> pd.DataFrame:
     "fast-cnn with one ingredient more or less, on the training images of CIFAR-10, judged by the validation images."
     splits, file = load("cifar10"), RESULTS / "cifar10" / "ablation.json"
-    recipe = starting_recipe("fast-cnn", epochs=epochs)
+    recipe = recipe_of_the_book(epochs=epochs)
     rows = kept_rows(file, recipe)
     for name, options in ingredients(recipe).items():
         if name not in {row["ingredient"] for row in rows}:
