@@ -275,6 +275,10 @@ def _rebuild_legacy(layers: list[dict], weights: Mapping[str, np.ndarray]):
     "The model that `flat_layers` described, in `tf_keras`, with its weights."
     import tf_keras
 
+    def hard_silu(x):                # Keras 3 knows it, tf_keras does not
+        return x * tf_keras.activations.relu(x + 3, max_value=6) / 6
+
+    tf_keras.utils.get_custom_objects()["hard_silu"] = hard_silu
     tensors = {}
     for described in layers:
         name, kind = described["name"], described["class_name"]
