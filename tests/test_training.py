@@ -22,6 +22,7 @@ from conftest import ROOT
 
 from cvdl import training
 from cvdl.augmentation import Policy
+from cvdl.baseline import FROM_SCRATCH
 from cvdl.data import DataError, load
 from cvdl.training import Recipe, Run, resume, train
 from cvdl.transfer import extract_features
@@ -717,3 +718,19 @@ def test_tensorflow_is_asked_for_onednn_unless_the_user_says_otherwise(given, ke
     environment = {**{key: value for key, value in os.environ.items() if key != "TF_ENABLE_ONEDNN_OPTS"}, **given}
     code = "import cvdl, os, sys; assert 'tensorflow' not in sys.modules; print(os.environ['TF_ENABLE_ONEDNN_OPTS'])"
     assert subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True).stdout.strip() == kept
+
+
+@pytest.mark.parametrize("name", FROM_SCRATCH)
+def test_the_networks_of_the_book_stand_in_tf_keras_too_where_they_are_pruned(name):
+    import tf_keras
+
+    from cvdl.optimization import _rebuild_legacy, flat_layers
+
+    model = FROM_SCRATCH[name]((16, 16, 3), 4, filters=(8, 16))
+    weights = {f"{layer.name}/{i}": value for layer in model.layers for i, value in enumerate(layer.get_weights())}
+    rebuilt = _rebuild_legacy(flat_layers(model), weights)
+    copy = tf_keras.models.clone_model(rebuilt)
+    copy.set_weights(rebuilt.get_weights())
+    pixels = np.random.default_rng(0).uniform(0, 255, (4, 16, 16, 3)).astype("float32")
+    for each in (rebuilt, copy):
+        np.testing.assert_allclose(each(pixels, training=False), model(pixels, training=False), atol=1e-5)
