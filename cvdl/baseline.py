@@ -81,7 +81,7 @@ def whitening_kernel(
     size: int = 2,                # side of a patch
     epsilon: float = 5e-4,        # added to each variance, so that noise is not blown up
 ) -> np.ndarray:                  # (size, size, 3, 6 size²) float32, for pixels in −1…1
-    "Filters whose answers to patches of the images are uncorrelated and of unit variance, each with its negative, as an activation lets one sign pass."
+    "Filters whose answers to patches of the images are uncorrelated and of unit variance, each with its negative."
     pixels = images.astype(np.float32) / 127.5 - 1
     patches = np.lib.stride_tricks.sliding_window_view(pixels, (size, size), axis=(1, 2))   # (N, h, w, 3, size, size)
     rows = patches.transpose(0, 1, 2, 4, 5, 3).reshape(-1, 3 * size * size)
@@ -114,7 +114,7 @@ def fast_cnn(
     x = layers.Rescaling(1 / 127.5, offset=-1.0, name="rescaling")(inputs)
     x = layers.Conv2D(24, 2, use_bias=False, trainable=False, name="whitening")(x)
     x = layers.Activation("hard_silu", name="whitening_activation")(x)
-    spread = keras.initializers.Constant(2.4)     # so wide, the bend of hard SiLU is that of GELU
+    spread = keras.initializers.Constant(2.4)     # makes the bend of hard SiLU about as wide as that of GELU
     for group, channels in enumerate(filters, start=1):
         for i in (1, 2):
             start = keras.initializers.VarianceScaling(1 / 3, mode="fan_in", distribution="uniform")   # quieter than the copies beside it
@@ -122,7 +122,7 @@ def fast_cnn(
             x = convolution(x)
             _start_as_copy(convolution)
             x = layers.MaxPooling2D(name=f"group{group}_pool")(x) if i == 1 else x
-            x = layers.BatchNormalization(momentum=0.6, epsilon=1e-5, gamma_initializer=spread, name=f"group{group}_bn{i}")(x)
+            x = layers.BatchNormalization(momentum=0.6, epsilon=1e-5, gamma_initializer=spread, name=f"group{group}_bn{i}")(x)   # short trainings
             x = layers.Activation("hard_silu", name=f"group{group}_activation{i}")(x)
     undecided = keras.initializers.RandomNormal(stddev=1 / 256)   # the first steps have no opinion to unlearn
     outputs = classification_head(x, num_classes, dropout=dropout, pooling="max", kernel_initializer=undecided)

@@ -23,9 +23,9 @@ from pathlib import Path
 import keras
 import numpy as np
 import pandas as pd
-import yaml
 from bench_augmentation import interleaved, ratios
-from common import RESULTS, ROOT, Problem, main
+from common import RESULTS, Problem, main
+from plan import read_profile
 
 from cvdl.baseline import whiten
 from cvdl.data import Images, load, provenance, read_json, write_json
@@ -153,8 +153,8 @@ def framed(training: Callable[[], dict]) -> dict:
 
 def recipe_of_the_book(**changes) -> Recipe:
     "How the CIFAR-10 run of the book trains fast-cnn."
-    profile = yaml.safe_load((ROOT / "nbs" / "profiles" / "cifar10.yml").read_text(encoding="utf-8"))
-    values = next(each for each in profile["chapters"]["04_training"]["recipes"] if each["model"] == "fast-cnn")
+    recipes = read_profile("cifar10")["chapters"]["04_training"]["recipes"]
+    values = next(each for each in recipes if each["model"] == "fast-cnn")
     return starting_recipe(**{**values, **changes})
 
 
@@ -249,7 +249,7 @@ class Sharp(keras.layers.Activation):
 
 def sharp_activations(model: keras.Model) -> keras.Model:
     "ReLU in place of hard SiLU."
-    return with_input(model, model.input_shape[1:], swap={FusedActivation: Sharp})
+    return with_input(model, model.input_shape[1:], swap={keras.layers.Activation: Sharp, FusedActivation: Sharp})   # the second where a processor trains
 
 
 def ingredients(recipe: Recipe) -> dict[str, dict]:   # what `one_training` is given
