@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 from PIL import Image
-from tidy import settle, tidy
+from tidy import COLORS, settle, tidy
 
 
 @pytest.mark.parametrize("written, kept", [
@@ -45,6 +45,18 @@ def test_small_pictures_keep_their_pixels_and_large_ones_their_look():
     np.testing.assert_array_equal(np.asarray(decoded(small).convert("RGB")), flat[..., :3])
     assert decoded(large).mode == "P" and len(large) < 0.5 * len(picture(noisy))
     assert np.abs(np.asarray(decoded(large).convert("RGB"), int) - noisy).mean() < 25
+    assert len(decoded(large).getcolors()) <= COLORS
+    before = copy.deepcopy(cells)
+    assert tidy(new_notebook(cells=cells)).cells == before, "tidied twice is tidied once"
+
+
+def test_a_large_picture_of_an_earlier_palette_gets_the_smaller_one():
+    noisy = Image.fromarray(np.random.default_rng(0).integers(0, 255, (200, 200, 3), np.uint8)).quantize(256)
+    file = io.BytesIO()
+    noisy.save(file, "PNG")
+    output = new_output("display_data", {"image/png": base64.b64encode(file.getvalue()).decode()})
+    cell, = tidy(new_notebook(cells=[new_code_cell("draw()", outputs=[output])])).cells
+    assert len(decoded(cell.outputs[0].data["image/png"]).getcolors()) <= COLORS
 
 
 def test_machine_and_time_are_forgotten_and_tags_are_not():

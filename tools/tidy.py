@@ -14,7 +14,8 @@ RETRACED = re.compile(r"^WARNING:tensorflow:.* triggered tf\.function retracing.
 ESCAPE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # colors, and the cursor moves of nested bars
 ADDRESS = re.compile(r"(?<= at )0x[0-9a-f]{6,}")
 STYLER = re.compile(r"\bT_[0-9a-f]{5}(?=_|\b)")  # pandas draws a new name for each styled table
-LARGE = 16_000  # bytes of a picture; above, 256 colors are enough
+LARGE = 9_000  # bytes of a picture; above, a palette is enough
+COLORS = 128  # of that palette
 
 
 def settle(
@@ -32,14 +33,14 @@ def settle(
 def small_png(
     encoded: str,  # base64 of a PNG file
 ) -> str:          # base64 of the picture, packed better
-    "Compress a picture again without loss; one that stays large gets a palette of 256 colors."
+    "Compress a picture again without loss; one that stays large gets a palette."
     versions = [base64.b64decode(encoded)]
     with Image.open(io.BytesIO(versions[0])) as image:
         opaque = image.mode == "RGBA" and image.getextrema()[3] == (255, 255)
         image = image.convert("RGB") if opaque else image.copy()
     versions.append(packed(image))
-    if len(min(versions, key=len)) > LARGE and image.mode == "RGB":
-        versions.append(packed(image.quantize(256, dither=Image.Dither.NONE)))
+    if len(min(versions, key=len)) > LARGE and image.mode in {"RGB", "P"}:
+        versions.append(packed(image.convert("RGB").quantize(COLORS, dither=Image.Dither.NONE)))
     return base64.b64encode(min(versions, key=len)).decode("ascii")
 
 
