@@ -149,7 +149,7 @@ def train(
     data: Annotated[str, typer.Option(help="shapes, cifar10, fashion_mnist, a folder or archive of class folders, or a table path,label.")] = "shapes",
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 10,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images a step; default 500 for fast-cnn, 64 for the others.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak; default 0.1 for baseline, 0.15 for fast-cnn, 0.0003 for the others.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak; default 0.1 for baseline, 0.18 for fast-cnn, 0.0003 for the others.")] = None,
     freeze_base: Annotated[bool, typer.Option("--freeze-base", help="Train only the head of a transferred model.")] = False,
     unfreeze_layers: Annotated[int | None, typer.Option(min=0, help="Fine-tune this many convolutions from the top; default all.")] = None,
     input_size: Annotated[int, typer.Option(min=32, help="Pixels a side that a transferred backbone sees.")] = 96,

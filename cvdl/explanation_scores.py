@@ -269,7 +269,7 @@ def cascade(
     *,
     stages: int = 6,                                           # how often the maps are compared, at most
     seed: int = 0,
-) -> pd.DataFrame:                                             # a row per stage: layer, randomized, correlation, low, high, ssim
+) -> pd.DataFrame:                                             # a row per stage: layer, randomized, empty (share of maps); correlation, low, high, ssim of the others
     "How alike the maps stay while the layers are randomized one after the other, from the top."
     layers = [layer for layer in reversed(model.layers) if layer.weights and not isinstance(layer, keras.layers.Normalization)]
     if not layers or stages < 2:
@@ -280,19 +280,27 @@ def cascade(
         for number, layer in enumerate(layers, start=1):
             _shuffle(layer, rng)
             if number in stops:
-                alike = map_similarity(original, np.nan_to_num(explain(images, class_indices)))
-                rows.append((layer.name, number, alike["correlation"].mean(), *mean_interval(alike["correlation"]), alike["ssim"].mean()))
+                maps = np.nan_to_num(explain(images, class_indices))
+                drawn = np.ptp(maps, axis=(1, 2)) > 0
+                alike = map_similarity(original, maps)[drawn]
+                rows.append((layer.name, number, 1 - drawn.mean(), alike["correlation"].mean(), *mean_interval(alike["correlation"]), alike["ssim"].mean()))
     finally:
         model.set_weights(kept)
-    return pd.DataFrame(rows, columns=["layer", "randomized", "correlation", "low", "high", "ssim"])
+    return pd.DataFrame(rows, columns=["layer", "randomized", "empty", "correlation", "low", "high", "ssim"])
 
 # %% ../nbs/explanation_scores.ipynb #e5c00023
+def _left(stages: pd.DataFrame) -> float:
+    "Rank correlation, without its sign, that may be left when most maps were last drawn; NaN where they never were."
+    drawn = stages[stages["empty"] <= 0.5]
+    return float(drawn[["low", "high"]].abs().to_numpy()[-1].max()) if len(drawn) else float("nan")
+
+
 def verdict(
     scores: Mapping[str, pd.DataFrame],             # method -> `score_explanations`, the baselines among them
     sanity: Mapping[str, pd.DataFrame],             # method -> `cascade`; a method without one counts as not sane
     *,
     baselines: tuple[str, ...] = ("random", "center", "edges"),
-    most: float = 0.5,                              # rank correlation that may be left at the end of the cascade
+    most: float = 0.5,                              # rank correlation, of either sign, that may be left at the end of the cascade
     seed: int = 0,                                  # of the bootstrap
 ) -> pd.DataFrame:                                  # a row per method, the best first: wins, loses, left, sane, trusted
     "Which methods beat the maps that know nothing and notice when the model is destroyed."
@@ -308,7 +316,7 @@ def verdict(
                 wins.append(name)
             elif any(high < 0 for _, high in ends):
                 loses.append(name)
-        left = float(sanity[method]["high"].iloc[-1]) if method in sanity else float("nan")
+        left = _left(sanity[method]) if method in sanity else float("nan")
         rows.append((method, ", ".join(wins), ", ".join(loses), left, left < most, left < most and len(wins) > len(loses), len(wins) - len(loses)))
     table = pd.DataFrame(rows, columns=["method", "wins", "loses", "left", "sane", "trusted", "balance"])
     return table.sort_values(["trusted", "sane", "balance", "left"], ascending=[False, False, False, True], kind="stable").drop(columns="balance").set_index("method")

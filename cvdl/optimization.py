@@ -33,6 +33,7 @@ import pandas as pd
 import tensorflow as tf
 from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter
+from matplotlib.ticker import LogLocator, NullFormatter
 from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 from tqdm.auto import tqdm
 
@@ -420,6 +421,10 @@ def prune(
     for layer in pruned.layers:
         names = [f"{layer.name}/{i}" for i in range(len(layer.get_weights()))]
         layer.set_weights([changed.get(name, weights[name]) for name in names])
+    if kernel_sparsity(pruned) < 0.9 * sparsity:
+        steps = epochs * (len(train) // batch_size)
+        raise ValueError(f"train: {steps} steps left {kernel_sparsity(pruned):.0%} zeros instead of {sparsity:.0%}; "
+                         "give more images or epochs, or a smaller batch_size")
     return recalibrate_batch_norm(pruned, train.images[:RECALIBRATION_IMAGES], progress=progress)
 
 
@@ -518,5 +523,8 @@ def plot_candidates(
                         yerr=[[100 * (each.accuracy - low)], [100 * (high - each.accuracy)]], capsize=2, markersize=6,
                         markerfacecolor=color if each.precision == "int8" else "white", label=f"{model} {kind}")
     ax.set(xscale="log", xlabel="compressed size, MB", ylabel="test accuracy, %")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_formatter(NullFormatter())
     ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
     return ax

@@ -295,7 +295,7 @@ def test_verdict_wants_both_a_good_score_and_a_sane_map():
     rng = np.random.default_rng(0)
     worse = {name: pd.DataFrame({"deletion": 0.5 + 0.1 * rng.random(50), "insertion": 0.5 - 0.1 * rng.random(50)}) for name in ("random", "center", "edges")}
     better = pd.DataFrame({"deletion": 0.3 + 0.1 * rng.random(50), "insertion": 0.7 + 0.1 * rng.random(50)})
-    fallen, kept = (pd.DataFrame({"correlation": [1.0, end], "high": [1.0, end]}) for end in (0.1, 0.9))
+    fallen, kept = (pd.DataFrame({"empty": 0.0, "correlation": [1.0, end], "low": [1.0, end], "high": [1.0, end]}) for end in (0.1, 0.9))
     table = verdict({"good": better, "edges with a story": better, "useless": worse["center"], **worse},
                     {"good": fallen, "edges with a story": kept, "useless": fallen})
     assert table["trusted"].to_dict() == {"good": True, "edges with a story": False, "useless": False}

@@ -698,6 +698,26 @@ def test_averaged_weights_take_the_place_of_the_last(splits):
     assert min(averaged) > 0 and all(row["seconds"] > 0 for row in rows)
 
 
+def test_the_wide_network_trains_on_all_labeled_images_and_once(splits, tmp_path, monkeypatch):
+    import bench_training
+
+    def twice_as_large(images):
+        return dataclasses.replace(images, images=images.images.repeat(2, 1).repeat(2, 2), masks=None)
+
+    larger = dataclasses.replace(splits, **{name: twice_as_large(part) for name, part in splits.parts.items()})
+    monkeypatch.setattr(bench_training, "load", lambda name: larger)
+    monkeypatch.setattr(bench_training, "recipe_of_the_book",
+                        lambda **changes: training.starting_recipe("fast-cnn", **{**changes, "filters": (4, 8), "batch_size": 40}))
+    for name in ("RESULTS", "MODELS"):
+        monkeypatch.setattr(bench_training, name, tmp_path / name)
+    (tmp_path / "RESULTS" / "cifar10").mkdir(parents=True)
+    tables = [bench_training.wide(2) for _ in range(2)]
+    written = training.read_json(tmp_path / "RESULTS" / "cifar10" / "wide.json")
+    assert written["training_images"] == len(splits.train) + len(splits.validation)
+    assert written["trainings"][0]["epochs"] == 2 and written["recipe"]["policy"]["cutout"] > 0
+    assert tables[0].equals(tables[1]), "the second call opens what the first one trained"
+
+
 def test_layers_that_stayed_random_get_their_statistics_from_the_images(splits, tmp_path, monkeypatch):
     asked = []
 
