@@ -3,6 +3,7 @@
 import base64
 import copy
 import io
+import re
 
 import numpy as np
 import pytest
@@ -81,3 +82,13 @@ def test_addresses_and_names_of_tables_are_the_same_each_time():
     assert one == other
     assert [output.data["text/html"] for output in one.cells[0].outputs] == [
         f'<style>#T_000{i:02}_row0 {{}}</style><table id="T_000{i:02}">' for i in range(2)]
+
+
+def test_cells_keep_their_names_only_for_a_style():
+    import pandas as pd
+
+    table = pd.DataFrame({"a": [1, 2], "b": [3, 4]}).style.map(lambda value: "color: red" if value == 4 else "").to_html()
+    cell, = tidy(new_notebook(cells=[new_code_cell("table", outputs=[new_output("display_data", {"text/html": table})])])).cells
+    text = cell.outputs[0].data["text/html"]
+    assert text.count("_row1_col1") == 2 and text.count("id=") == 2, "the table itself and the red cell"
+    assert re.findall(r"<td[^>]*>(\d)</td>", text) == ["1", "3", "2", "4"]

@@ -14,6 +14,7 @@ RETRACED = re.compile(r"^WARNING:tensorflow:.* triggered tf\.function retracing.
 ESCAPE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # colors, and the cursor moves of nested bars
 ADDRESS = re.compile(r"(?<= at )0x[0-9a-f]{6,}")
 STYLER = re.compile(r"\bT_[0-9a-f]{5}(?=_|\b)")  # pandas draws a new name for each styled table
+CELL = re.compile(r' id="(T_\w+_(?:row|col)\d+)"')  # pandas names every cell, for styles that few of them have
 LARGE = 9_000  # bytes of a picture; above, a palette is enough
 COLORS = 128  # of that palette
 
@@ -44,6 +45,14 @@ def small_png(
     return base64.b64encode(min(versions, key=len)).decode("ascii")
 
 
+def short_table(
+    text: str,  # HTML, or anything else
+) -> str:
+    "Forget the names of table cells that no style asks for."
+    rules = "".join(re.findall(r"<style.*?</style>", text, re.DOTALL))
+    return CELL.sub(lambda found: found[0] if re.search(rf"#{found[1]}\b", rules) else "", text)
+
+
 def packed(
     image: Image.Image,
 ) -> bytes:  # of a PNG file
@@ -71,7 +80,7 @@ def tidy_outputs(
         if "image/png" in output.get("data", {}):
             output.data["image/png"] = small_png(output.data["image/png"])
         for kind in {"text/plain", "text/html"} & set(output.get("data", {})):
-            output.data[kind] = STYLER.sub(f"T_{name}{len(tidied):02}", ADDRESS.sub("0x0", output.data[kind]))
+            output.data[kind] = short_table(STYLER.sub(f"T_{name}{len(tidied):02}", ADDRESS.sub("0x0", output.data[kind])))
         tidied.append(output)
     for stream in streams.values():
         stream.text = RETRACED.sub("", settle(stream.text))
