@@ -49,8 +49,8 @@ def short_table(
     text: str,  # HTML, or anything else
 ) -> str:
     "Forget the names of table cells that no style asks for."
-    rules = "".join(re.findall(r"<style.*?</style>", text, re.DOTALL))
-    return CELL.sub(lambda found: found[0] if re.search(rf"#{found[1]}\b", rules) else "", text)
+    styled = {name for rules in re.findall(r"<style.*?</style>", text, re.DOTALL) for name in re.findall(r"#(T_\w+)", rules)}
+    return CELL.sub(lambda found: found[0] if found[1] in styled else "", text)
 
 
 def packed(
