@@ -51,7 +51,7 @@ python := $(VENV)/bin/python
 # A run is one chain: what has no other order keeps that of `stamps`, the appendices last.
 .NOTPARALLEL:
 
-.PHONY: help book chapters site test lint export bench serve-site lock clean distclean check plan
+.PHONY: help book chapters site test lint export bench bench-full serve-site lock clean distclean check plan
 
 help:
 	@echo 'make book [PROFILE=$(subst $() ,|,$(profiles))] [DATA=path-or-name] [RUN=name]'
@@ -61,6 +61,8 @@ help:
 	@echo 'make test        lint, lesson cells, pipeline and site'
 	@echo 'make bench       speed and size of the exported models of a run; speed of loading, augmentation, training and heat maps;'
 	@echo '                 what fast-cnn learns in two epochs of CIFAR-10; the memory of a training on many images'
+	@echo 'make bench-full  the trainings on CIFAR-10 beside the book, hours: fast-cnn with three seeds, what each ingredient buys,'
+	@echo '                 the wide one, a frozen backbone, ResNet50; an interrupted one goes on'
 	@echo 'make export      notebooks to modules (nbdev), after an edit'
 	@echo 'make lock        requirements.in to requirements.txt'
 	@echo 'make clean       remove the site and the files of RUN (never results/cifar10)'
@@ -127,6 +129,9 @@ bench: $(VENV)/.ready
 	@$(python) tools/bench_training.py speed
 	@$(python) tools/bench_training.py short
 	@$(python) tools/bench_explanation.py
+
+bench-full: $(VENV)/.ready
+	@for what in accuracy ablation wide frozen resnet50; do $(python) tools/bench_training.py $$what || exit 1; done
 
 serve-site:
 	@cd _build/html && $(CURDIR)/$(python) -m http.server $(PORT)

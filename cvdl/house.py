@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DataError', 'Images', 'home', 'cache_folder', 'results_folder', 'models_folder', 'atomic', 'write_json', 'read_json',
-           'hardware', 'provenance', 'use_book_style', 'grayscale', 'show_images']
+           'hardware', 'provenance', 'processor', 'machine_line', 'use_book_style', 'grayscale', 'show_images']
 
 # %% ../nbs/house.ipynb #a50005b7
 import json
@@ -14,7 +14,7 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -219,6 +219,22 @@ def provenance(
             "versions": {"python": platform.python_version(), **{name: v for name, v in versions.items() if v}},
             "hardware": hardware(), "git_commit": _commit(),
             "time": datetime.now(UTC).isoformat(timespec="seconds")}
+
+
+def processor(
+    machine: Mapping,                # from `hardware`
+) -> str:
+    "A processor with its cores and instruction sets."
+    return f"{machine['cpu']}, {machine['cores']} cores ({', '.join(machine['flags'])})"
+
+
+def machine_line(
+    origin: Mapping,                 # from `provenance`
+) -> str:
+    "The processor of a result, with what computed there and when, in a line."
+    versions = origin["versions"]
+    libraries = ", ".join(f"{name} {versions[name]}" for name in ("tensorflow", "keras") if name in versions)
+    return f"{processor(origin['hardware'])}, {libraries}, {origin['time'][:10]}"
 
 # %% ../nbs/house.ipynb #f9ce1583
 def use_book_style() -> None:

@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from .data import DataError, read_json
+from .data import DataError, processor, read_json
 
 # %% ../nbs/10_report.ipynb #a754052a
 MODULES = ("data", "training", "evaluation", "gradcam", "optimization", "export")
@@ -45,7 +45,7 @@ def conditions(
     sizes = ", ".join(f"{sum(per_class.values()):,} {part}" for part, per_class in counts.items())
     return {"data": f"{source['data']['name']} ({sizes} images), fingerprint {source['data']['fingerprint']}",
             "classes": ", ".join(files["data"]["classes"]), "seed": str(source["seed"]),
-            "processor": f"{machine['cpu']}, {machine['cores']} cores ({', '.join(machine['flags'])})",
+            "processor": processor(machine),
             "versions": ", ".join(f"{name} {version}" for name, version in versions.items()), "measured": source["time"][:10]}
 
 # %% ../nbs/10_report.ipynb #a04e0cf9
@@ -163,7 +163,7 @@ def model_card(
         "It always answers with one of its classes, also for an image that shows none of them.", "",
         "## Data and training", "",
         f"{facts['data'][0].upper()}{facts['data'][1:]}. {len(data['left_out']) or 'No'} file{'' if len(data['left_out']) == 1 else 's'} could not be read. "
-        f"Training took {training['seconds'] / 60:.1f} minutes with seed {facts['seed']}. "
+        f"Training took {training['seconds'] / 60:.1f} minutes on {processor(training['provenance']['hardware'])}, with seed {facts['seed']}. "
         "Validation images chose the epoch and the model; test images were read at the end.", "",
         "## Results", "",
         f"Accuracy {test['accuracy']:.2%} of {test['n']:,} test images, 95 % interval {test['interval'][0]:.2%} to "

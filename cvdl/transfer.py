@@ -16,6 +16,7 @@ import pickle
 import re
 import struct
 import weakref
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -128,19 +129,20 @@ def read_torch_legacy(
                 data[key] = np.frombuffer(file.read(count * np.dtype(dtype).itemsize), dtype)
     except (pickle.UnpicklingError, EOFError, struct.error, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: expected a weight file in the legacy PyTorch format ({error})") from error
-    return {
-        name: np.lib.stride_tricks.as_strided(
-            data[key][offset:], shape, [stride * data[key].itemsize for stride in strides]
-        ).copy()
-        for name, (key, offset, shape, strides) in tensors.items()
-    }
+    arrays = {}
+    for name, (key, offset, shape, strides) in tensors.items():
+        last = offset + sum((side - 1) * stride for side, stride in zip(shape, strides, strict=True))   # position of the last element
+        if min((offset, *shape, *strides)) < 0 or last >= len(data[key]):
+            raise ValueError(f"{path}: expected a weight file in the legacy PyTorch format ({name} reaches beyond its storage)")
+        arrays[name] = np.lib.stride_tricks.as_strided(data[key][offset:], shape, [stride * data[key].itemsize for stride in strides]).copy()
+    return arrays
 
 # %% ../nbs/03_transfer.ipynb #3535b7c0
 @dataclass(frozen=True)
 class WeightReport:
     "What a backbone got from its weight file."
 
-    source: str                   # file name, or "keras download"
+    source: str                   # file name, or "Keras download"
     loaded: int                   # layers whose weights came from the file
     random: tuple[str, ...] = field(default=())   # layers of the backbone that kept their random start
 
@@ -186,7 +188,7 @@ def _load_legacy_h5(model: keras.Model, path: Path) -> WeightReport:
     try:
         with h5py.File(path) as file:
             stored = {name: [np.asarray(group[weight]) for weight in group.attrs["weight_names"]] for name, group in file.items()}
-    except (OSError, KeyError) as error:
+    except (OSError, KeyError, RuntimeError) as error:   # h5py's for files that are torn or of another make
         raise ValueError(f"{path}: expected a Keras HDF5 weight file, and it cannot be read as one ({error})") from error
     loaded, random = 0, []
     for layer in backbone_layers(model):
@@ -369,13 +371,21 @@ def layer_factors(
 
 # %% ../nbs/03_transfer.ipynb #8175fdd2
 def _store(path: Path | None, about: dict, shape: tuple[int, ...]) -> tuple[np.ndarray, int]:
-    "An array for the features, and how many rows of it are there already: in a file when there is a path, else in memory."
+    "An array for the features, and how many rows of it are there already: in a file when there is a path, else in memory. OSError where it has no room."
     if path is None:
         return np.empty(shape, np.float32), 0
     note = path.with_suffix(".json")
     if path.exists() and note.exists() and (known := json.loads(note.read_text())) | {"rows": 0} == about | {"rows": 0}:
         return np.lib.format.open_memmap(path, "r+"), known["rows"]
-    return np.lib.format.open_memmap(path, "w+", np.float32, shape), 0
+    result = np.lib.format.open_memmap(path, "w+", np.float32, shape)
+    if hasattr(os, "posix_fallocate"):           # a full disk is an error here; when a page is written it would end the process
+        try:
+            with path.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        except OSError as error:
+            path.unlink()
+            raise OSError(f"{path}: no room for {result.nbytes / 1e6:.0f} MB of features ({error.strerror}); phase 1 needs them on disk") from error
+    return result, 0
 
 
 _EXTRACTORS = weakref.WeakKeyDictionary()   # a model -> its backbone up to the pooled features, so that it is traced once
@@ -397,6 +407,9 @@ def extract_features(
     features, size = _EXTRACTORS[model], min(batch_size, len(images))
     path = None if path is None else Path(path)
     about = {"model": model.name, "images": len(images), "image": list(images.shape[1:]), "mirror": mirror}
+    if path is not None:              # features of another input size, other weights or other images are not taken for these
+        shapes = str([layer.output.shape for layer in features.layers]).encode()
+        about["made_of"] = zlib.crc32(b"".join([shapes, *(np.asarray(weight).tobytes() for weight in features.weights), np.asarray(images[0:100]).tobytes()]))
     result, done = _store(path, about, (len(images), features.output_shape[-1]))
     with tqdm(total=len(images), initial=done, desc=f"{model.name} features", unit=" images", disable=not progress, leave=False) as bar:
         for start in range(done, len(images), batch_size):

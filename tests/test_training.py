@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import h5py
 import keras
 import matplotlib
 import numpy as np
@@ -25,10 +26,11 @@ from cvdl.augmentation import Policy
 from cvdl.baseline import FROM_SCRATCH
 from cvdl.data import DataError, load
 from cvdl.training import Recipe, Run, resume, train
-from cvdl.transfer import extract_features
+from cvdl.transfer import BACKBONES, backbone_layers, extract_features, transfer_model
 
 matplotlib.use("agg")
 CVDL = Path(sys.executable).with_name("cvdl")
+SMALL_AUTO = Recipe(precision="auto")
 SMALL = Recipe(epochs=3, batch_size=32, filters=(4, 8), learning_rate=0.05, precision="float32", policy=dataclasses.replace(Policy.light(), mixup=0.2))
 
 
@@ -70,6 +72,7 @@ def differences(one: Run, other: Run) -> float:
 
 CHILD = """
 import dataclasses, os, signal, sys
+import h5py
 import keras
 from cvdl.augmentation import Policy
 from cvdl.data import load
@@ -194,9 +197,16 @@ def test_a_diverged_training_keeps_the_good_state_and_goes_on_with_a_lower_rate(
         train(SMALL, splits, folder, progress=False, callbacks=(Explode(),), checkpoint_seconds=0)
     for name in ["checkpoint.npz", "best.npz"]:
         assert all(np.isfinite(value).all() for value in training.read_arrays(folder / name, "")[1].values())
-    run = resume(folder, learning_rate=0.01, progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        resume(folder, learning_rate=0.01, progress=False, callbacks=(StopAt(12),), checkpoint_seconds=0)
+    run = train(SMALL, splits, folder, progress=False)     # chapter 04 asks for the recipe that diverged, and goes on with the change
     assert run.recipe.learning_rate == 0.01 and np.isfinite(run.history["loss"]).all()
     assert run.summary["learning_rate_changes"] == [{"epoch": 2, "step": 3, "from": 0.05, "to": 0.01}]
+    assert train(SMALL, splits, folder, progress=False).history.equals(run.history) and not (tmp_path / "models" / "replaced").exists()
+    with pytest.raises(ValueError, match=r"learning_rate: the training in .* is finished"):
+        resume(folder, learning_rate=0.02)
+    train(dataclasses.replace(SMALL, learning_rate=0.02), splits, folder, progress=False)
+    assert (tmp_path / "models" / "replaced").exists(), "another rate is another training"
 
 
 def test_a_state_that_the_last_step_ruined_is_not_saved(splits, tmp_path, monkeypatch):
@@ -284,6 +294,28 @@ def test_no_room_for_the_finished_model_is_one_sentence(splits, tmp_path, monkey
     assert len(resume_with(splits, SMALL, tmp_path / "run").history) == 3
 
 
+CRAMPED = """
+import resource, sys
+from test_training import SMALL
+from cvdl.data import load
+from cvdl.training import train
+
+splits = load("shapes", num_images=300, image_size=16)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))   # no file becomes longer than 2 kB
+train(SMALL, splits, sys.argv[1])
+"""
+
+
+def test_files_that_cannot_grow_cost_checkpoints_and_logs_but_no_training(tmp_path):
+    "The real thing: the system refuses to write, TensorBoard's log too, to the end."
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": str(ROOT / "tests")}
+    done = subprocess.run([sys.executable, "-c", CRAMPED, tmp_path / "run"], env=environment, capture_output=True, text=True, timeout=300)
+    lines = done.stderr.splitlines()
+    assert sum("epoch 3/3" in line for line in lines) == 1 and any("no checkpoint: File too large" in line for line in lines), done.stderr[-3000:]
+    assert "OSError" in lines[-1] and "the model cannot be written (File too large)" in lines[-1], lines[-1]
+    assert not list((tmp_path / "run").glob("*.partial")) and not (tmp_path / "run" / "model.keras").exists()
+
+
 def test_a_damaged_checkpoint_is_named(splits, tmp_path):
     interrupt(SMALL, splits, tmp_path / "run", 3)
     file = tmp_path / "run" / "checkpoint.npz"
@@ -326,10 +358,29 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(splits, tmp_path, m
 
 
 @pytest.mark.parametrize("flags, gpu, expected", [
-    (["amx_bf16"], False, "mixed_bfloat16"), (["avx2", "avx512_bf16"], False, "mixed_bfloat16"), ([], False, "float32"),
-    (["avx2"], False, "float32"), ([], True, "mixed_bfloat16")])
+    (["amx_bf16"], None, "mixed_bfloat16"), (["avx2", "avx512_bf16"], None, "mixed_bfloat16"), ([], None, "float32"),
+    (["avx2"], None, "float32"), ([], (8, 0), "mixed_bfloat16"), ([], (9, 0), "mixed_bfloat16"), (["amx_bf16"], (7, 5), "float32")])
 def test_precision_is_a_rule(flags, gpu, expected):
     assert training.faster_precision(flags, gpu=gpu) == expected
+
+
+def test_precision_follows_the_devices_that_are_named(monkeypatch):
+    "On a machine with two GPUs, one of them old: what computes decides, not what is there."
+    details = [{"compute_capability": (9, 0)}, {"compute_capability": (7, 0)}, {}]
+    monkeypatch.setattr(training.tf.config, "list_physical_devices", lambda kind: [0, 1, 2])
+    monkeypatch.setattr(training.tf.config.experimental, "get_device_details", lambda gpu: details[gpu])
+    monkeypatch.setattr(training, "hardware", lambda: {"flags": ["amx_bf16"]})
+    chosen = [training.compute_precision(SMALL_AUTO, devices) for devices in (["gpu:0"], ["gpu:1"], ["gpu:0", "gpu:1"], ["gpu:2"], ["cpu:0"])]
+    assert chosen == ["mixed_bfloat16", "float32", "float32", "float32", "mixed_bfloat16"]
+
+
+@pytest.mark.parametrize("devices, fused, jit", [(["cpu:0"], True, False), (["gpu:0"], False, "auto")])
+def test_layers_and_compiler_follow_the_devices_that_are_named(monkeypatch, devices, fused, jit):
+    asked, compile_ = [], keras.Model.compile
+    monkeypatch.setattr(keras.Model, "compile", lambda self, *arguments, **options: asked.append(options["jit_compile"]) or compile_(self, *arguments, **options))
+    model, _ = training.build_model(SMALL, (16, 16, 3), 10, devices=devices)
+    training.compile_model(model, SMALL, steps=1, devices=devices)
+    assert any(type(layer) in training.PLAIN for layer in model.layers) is fused and asked == [jit]
 
 
 def test_the_run_says_how_it_was_computed(straight):
@@ -348,6 +399,7 @@ TWO = """
 import sys
 import tensorflow as tf
 tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2)
+import h5py
 import keras
 import numpy as np
 from cvdl.data import load
@@ -382,17 +434,21 @@ def test_several_devices_share_each_batch(splits, tmp_path):
 
 BACKEND = """
 import sys
+import h5py
 import keras
 import numpy as np
 from cvdl.baseline import baseline_cnn, fast_cnn, whiten
-from cvdl.schedules import Muon, WarmupCosine, WarmupLinear, WeightedCrossentropy
+from cvdl.schedules import LayerwiseAdam, Muon, WarmupCosine, WarmupLinear, WeightedCrossentropy
+from cvdl.transfer import layer_factors, transfer_model
 
 keras.utils.set_random_seed(0)
 images = np.random.default_rng(0).integers(0, 256, (32, 16, 16, 3)).astype("float32")
 targets = np.eye(4, dtype="float32")[np.arange(32) % 4]
 plain = baseline_cnn((16, 16, 3), 4, filters=(8, 16)), keras.optimizers.SGD(WarmupCosine(0.05, 5, 40), momentum=0.9, nesterov=True)
 fast = whiten(fast_cnn((16, 16, 3), 4, filters=(8, 16)), images), Muon(WarmupLinear(0.1, 0, 40), momentum=0.6, ns_steps=3, rms_rate=None)
-for model, optimizer in (plain, fast):
+lite = transfer_model("efficientnet-lite0", (16, 16, 3), 4, input_size=32, pretrained=False)[0]
+layerwise = lite, LayerwiseAdam(0.003, factors=layer_factors(lite, 0.9))
+for model, optimizer in (plain, fast, layerwise):
     model.compile(optimizer, WeightedCrossentropy(0.1), metrics=["accuracy"])
     losses = [float(model.train_on_batch(images, targets)[0]) for _ in range(30)]
     assert np.isfinite(losses).all() and losses[-1] < 0.8 * losses[0], losses
@@ -411,7 +467,7 @@ def test_models_losses_and_schedules_train_without_tensorflow(backend):
 
 
 def test_schedules_import_no_tensorflow():
-    "Holds the same on any machine: TensorFlow cannot be imported while these modules are."
+    "Holds the same on any machine: none of these modules names TensorFlow in an import."
     code = "import sys; sys.modules['tensorflow'] = None; import ast, inspect, pathlib\n" + "".join(
         f"tree = ast.parse(pathlib.Path({str(ROOT / 'cvdl' / name)!r}).read_text())\n"
         "assert not [n for n in ast.walk(tree) if 'tensorflow' in ast.dump(n) and isinstance(n, (ast.Import, ast.ImportFrom))]\n"
@@ -444,6 +500,22 @@ def test_float16_weights_are_small_and_load_with_one_call(straight, committed, s
     assert about["float16"] == {"accuracy": 0.5} and about["classes"] and about["provenance"]["data"]["fingerprint"] == splits.fingerprint
 
 
+COMMITTED = sorted(path.parent for path in (ROOT / "results" / "cifar10" / "weights").glob("*/weights.npz"))
+
+
+@pytest.mark.parametrize("folder", COMMITTED, ids=lambda folder: folder.name)
+def test_committed_weights_load_and_say_what_they_are(folder):
+    model, about = training.load(folder), json.loads((folder / "run.json").read_text())
+    answers = model.predict(np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8), verbose=0)
+    assert answers.shape == (2, 10) and model.count_params() == about["parameters"] and about["float16"]["plain"]["test_images"] == 10_000
+    assert Recipe.from_dict(json.loads((folder / "identity.json").read_text())["recipe"]).model == folder.name == about["model"]
+
+
+def test_committed_weights_are_all_there_and_small():
+    assert {"mobilenetv2", "efficientnet", "efficientnet-lite0", "fast-cnn"} <= {folder.name for folder in COMMITTED}
+    assert sum((folder / "weights.npz").stat().st_size for folder in COMMITTED) < 30e6
+
+
 @pytest.mark.parametrize("model", ["mobilenetv2", "efficientnet", "efficientnet-lite0", "resnet50"])
 def test_float16_weights_of_backbones(model, tmp_path):
     "Normalization constants, ImageNet variances and renamed layers survive."
@@ -457,6 +529,66 @@ def test_float16_weights_of_backbones(model, tmp_path):
     loaded = training.load(tmp_path / model)
     assert file.stat().st_size < 2.2 * network.count_params() and not {type(layer) for layer in loaded.layers} & {*training.PLAIN}
     np.testing.assert_allclose(network.predict(images, verbose=0), loaded.predict(images, verbose=0), atol=0.02)
+
+
+def keras_weights(file: Path, layers: list) -> None:
+    "The way in which Keras wrote weights until version 3, by name of the layer."
+    with h5py.File(file, "w") as stored:
+        for layer in layers:
+            group = stored.create_group(layer.name)
+            group.attrs["weight_names"] = [weight.path for weight in layer.weights]
+            for weight in layer.weights:
+                group[weight.path] = np.full(weight.shape, 0.5, np.float32)
+
+
+@pytest.fixture(scope="module")
+def small_backbone():
+    return transfer_model("mobilenetv2", (32, 32, 3), 3, input_size=32, pretrained=False)[0]
+
+
+@pytest.fixture
+def weight_file(tmp_path, monkeypatch) -> Path:
+    "Where the weights of MobileNetV2 are looked for."
+    monkeypatch.setenv("CVDL_HOME", str(tmp_path))
+    (tmp_path / "weights").mkdir()
+    return tmp_path / "weights" / BACKBONES["mobilenetv2"].weight_file
+
+
+@pytest.mark.parametrize("kind, word", [
+    ("truncated", "cannot be read as one"), ("text", "cannot be read as one"), ("another format", "cannot be read as one"),
+    ("another architecture", "no layer of mobilenetv2 is in this file; it belongs to another architecture"),
+    ("other shapes", "layer Conv1 holds .* the model expects .* another architecture")])
+def test_a_wrong_hdf5_file_is_one_clear_error(small_backbone, weight_file, kind, word):
+    keras_weights(weight_file, backbone_layers(small_backbone))
+    if kind == "truncated":
+        weight_file.write_bytes(weight_file.read_bytes()[:-5000])
+    elif kind == "text":
+        weight_file.write_text("these are no weights")
+    else:
+        with h5py.File(weight_file, "w" if kind == "another architecture" else "a") as stored:
+            if kind == "another format":
+                stored["Conv1/numbers"] = np.zeros(3)
+                del stored["Conv1"].attrs["weight_names"]
+            elif kind == "other shapes":
+                del stored["Conv1"]
+                stored.create_group("Conv1").attrs["weight_names"] = ["kernel"]
+                stored["Conv1/kernel"] = np.zeros((5, 5, 3, 32))
+            else:
+                stored.create_group("dense").attrs["weight_names"] = ["kernel"]
+                stored["dense/kernel"] = np.zeros((3, 3))
+    with pytest.raises(ValueError, match=rf"{weight_file.name}: .*{word}"):
+        transfer_model("mobilenetv2", (32, 32, 3), 3, input_size=32)
+
+
+def test_a_file_that_ends_early_is_loaded_in_part_and_names_what_stayed_random(small_backbone, weight_file, splits, tmp_path):
+    layers = backbone_layers(small_backbone)
+    keras_weights(weight_file, layers[:-7])
+    model, report = transfer_model("mobilenetv2", (32, 32, 3), 3, input_size=32)
+    assert report.random == tuple(layer.name for layer in layers[-7:]) and report.loaded == len(layers) - 7
+    for layer in backbone_layers(model):
+        assert all((np.asarray(weight) == 0.5).all() for weight in layer.weights) is (layer.name not in report.random)
+    recipe = dataclasses.replace(backbone_recipe(), model="mobilenetv2", epochs=0, head_epochs=1)
+    assert train(recipe, splits, tmp_path / "run", progress=False).summary["random_layers"] == list(report.random)
 
 
 def spoil(kind: str, file: Path) -> None:
@@ -642,12 +774,45 @@ def test_phase_1_sees_mirror_images_where_training_may_mirror(splits, tmp_path, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["head.json", "head.npz"], "the features go when the head is on disk"
 
 
+def head_only(**changes) -> Recipe:
+    return dataclasses.replace(backbone_recipe(), epochs=0, head_epochs=4, **changes)
+
+
+def test_a_head_alone_is_kept_at_its_best_epoch(splits, tmp_path, monkeypatch):
+    "What the run claims is what its model does, also where the last epoch was worse."
+    fit, behind = keras.Model.fit, []
+
+    def spoiled(self, *arguments, callbacks, **options):
+        class Spoil(keras.callbacks.Callback):
+            def on_epoch_begin(self, epoch, logs=None):
+                if epoch == 3:        # the last epoch begins with a head that has unlearned everything
+                    self.model.layers[-1].set_weights([-weight for weight in self.model.layers[-1].get_weights()])
+                    self.model.optimizer.learning_rate = 0.0
+
+        result = fit(self, *arguments, callbacks=[Spoil(), *callbacks], **options)
+        behind.extend(result.history["val_accuracy"])
+        return result
+
+    monkeypatch.setattr(keras.Model, "fit", spoiled)
+    run = train(head_only(), splits, tmp_path / "run", progress=False)
+    hits = run.model().predict(splits.validation.images, verbose=0).argmax(axis=1) == splits.validation.labels
+    assert behind[-1] < max(behind) and hits.mean() == pytest.approx(run.summary["validation_accuracy"]) == max(behind)
+    assert run.summary["head"]["validation_accuracy"] == max(behind)
+
+
+def test_a_head_that_diverges_leaves_nothing_to_go_on_from(splits, tmp_path):
+    with pytest.raises(FloatingPointError, match=r"loss of the head is .* in epoch .* of phase 1 .*lower head_learning_rate"):
+        train(head_only(head_learning_rate=1e38), splits, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run" / "head.npz").exists() and not (tmp_path / "run" / "model.keras").exists()
+
+
 @pytest.mark.parametrize("balance", ["none", "weights", "sampling"])
 def test_balance_reaches_the_head(splits, balance, monkeypatch):
     "Features that say nothing: the head then answers with the share that it thinks a class has."
     keep = np.concatenate([np.flatnonzero(splits.train.labels == 0)[:20], np.flatnonzero(splits.train.labels == 1)[:5]])
+    even = np.concatenate([np.flatnonzero(splits.train.labels == label)[:5] for label in (0, 1)])
     few = dataclasses.replace(splits, train=splits.train.subset(np.tile(keep, 20)), classes=("disc", "ring"),
-                              validation=splits.validation.subset(np.flatnonzero(splits.validation.labels < 2)))
+                              validation=splits.train.subset(keep if balance == "none" else even))   # which agrees with the last epoch
     monkeypatch.setattr(training, "extract_features", lambda model, images, **options: np.zeros((len(images), 1280), np.float32))
     recipe = Recipe(model="efficientnet-lite0", pretrained=False, input_size=32, head_epochs=20, head_learning_rate=0.05, dropout=0.0, balance=balance)
     model, _ = training.build_model(recipe, splits.image_shape, 2)
@@ -698,6 +863,17 @@ def test_averaged_weights_take_the_place_of_the_last(splits):
     assert min(averaged) > 0 and all(row["seconds"] > 0 for row in rows)
 
 
+def test_rows_of_the_same_recipe_are_kept_even_if_recipes_have_gained_a_field_since(tmp_path):
+    from bench_training import kept_rows
+
+    recipe, file = training.starting_recipe("fast-cnn"), tmp_path / "rows.json"
+    assert kept_rows(file, recipe) == []
+    before = {name: value for name, value in recipe.to_dict().items() if name != "convolutions"}
+    training.write_json(file, {"recipe": before, "trainings": [{"seed": 0}]})
+    assert kept_rows(file, recipe) == [{"seed": 0}]
+    assert kept_rows(file, dataclasses.replace(recipe, convolutions=3)) == []
+
+
 def test_the_wide_network_trains_on_all_labeled_images_and_once(splits, tmp_path, monkeypatch):
     import bench_training
 
@@ -714,8 +890,21 @@ def test_the_wide_network_trains_on_all_labeled_images_and_once(splits, tmp_path
     tables = [bench_training.wide(2) for _ in range(2)]
     written = training.read_json(tmp_path / "RESULTS" / "cifar10" / "wide.json")
     assert written["training_images"] == len(splits.train) + len(splits.validation)
-    assert written["trainings"][0]["epochs"] == 2 and written["recipe"]["policy"]["cutout"] > 0
+    assert written["trainings"][0]["epochs"] == 2 and written["recipe"]["policy"]["cutout"] > 0 and written["recipe"]["convolutions"] == 3
     assert tables[0].equals(tables[1]), "the second call opens what the first one trained"
+
+
+def test_what_is_trained_apart_on_a_backbone_leaves_validation_to_choose(splits, monkeypatch):
+    import bench_training
+
+    asked = {}
+    monkeypatch.setattr(bench_training, "load", lambda name: splits)
+    monkeypatch.setattr(bench_training, "trained_apart", lambda name, recipe, given: asked.update({name: (recipe, given)}))
+    bench_training.frozen(4)
+    bench_training.resnet50(3)
+    assert [(name, recipe.model, recipe.epochs, recipe.head_epochs) for name, (recipe, _) in asked.items()] == [
+        ("frozen", "efficientnet-lite0", 0, 4), ("resnet50", "resnet50", 3, 5)]
+    assert all(given is splits for _, given in asked.values())
 
 
 def test_layers_that_stayed_random_get_their_statistics_from_the_images(splits, tmp_path, monkeypatch):
@@ -746,7 +935,7 @@ def test_the_networks_of_the_book_stand_in_tf_keras_too_where_they_are_pruned(na
 
     from cvdl.optimization import _rebuild_legacy, flat_layers
 
-    model = FROM_SCRATCH[name]((16, 16, 3), 4, filters=(8, 16))
+    model = FROM_SCRATCH[name]((16, 16, 3), 4, filters=(8, 16), convolutions=3)
     weights = {f"{layer.name}/{i}": value for layer in model.layers for i, value in enumerate(layer.get_weights())}
     rebuilt = _rebuild_legacy(flat_layers(model), weights)
     copy = tf_keras.models.clone_model(rebuilt)

@@ -1,9 +1,10 @@
 """How fast networks train, and how long one takes to its accuracy.
 
-`python tools/bench_training.py [speed | short [epochs] | accuracy [seeds] | wide [epochs] | ablation [epochs]]`
+`python tools/bench_training.py [speed | short [epochs] | accuracy [seeds] | wide [epochs] | frozen [epochs] | resnet50 [epochs] | ablation [epochs]]`
 
 `short` is `accuracy` in minutes: one training of a few epochs, which leaves no file. `accuracy` and `ablation` go on where they were:
-a row of results/cifar10/time_to_accuracy.json or ablation.json that the same recipe made is kept. `wide` goes on at the step where it was.
+a row of results/cifar10/time_to_accuracy.json or ablation.json that the same recipe made is kept. `wide`, `frozen` and `resnet50` go on at
+the step where they were.
 With TORCH_PYTHON naming a Python that has PyTorch, each training of `accuracy` is framed by runs of tools/torch_reference.py.
 """
 
@@ -30,11 +31,11 @@ from common import MODELS, RESULTS, Problem, main
 from plan import read_profile
 
 from cvdl.baseline import whiten
-from cvdl.data import Images, fingerprint, load, provenance, read_json, write_json
+from cvdl.data import Images, Splits, fingerprint, load, provenance, read_json, write_json
 from cvdl.evaluation import augmented_predictor, keras_predictor, wilson_interval
 from cvdl.fused import PLAIN, FusedActivation
 from cvdl.shapes import draw_shapes
-from cvdl.training import Recipe, build_model, compile_model, compute_precision, float32_twin, starting_recipe, training_stream, with_input
+from cvdl.training import WHITENING_IMAGES, Recipe, build_model, compile_model, compute_precision, float32_twin, starting_recipe, training_stream, with_input
 from cvdl.training import train as train_in_folder
 from cvdl.transfer import BACKBONES, unfreeze_top
 
@@ -125,7 +126,7 @@ def one_training(
     precision, shape = compute_precision(recipe), train.images.shape[1:]
     model, _ = build_model(recipe, shape, num_classes, precision=precision)
     if recipe.model == "fast-cnn":
-        whiten(model, train.images[:5000])
+        whiten(model, train.images[:WHITENING_IMAGES])
     model = change(model) if change else model
     stream, steps = training_stream(train, num_classes, policy=recipe.policy, batch_size=recipe.batch_size, seed=recipe.seed,
                                     epochs=recipe.epochs, small=(recipe.small_scale, recipe.small_epochs))
@@ -167,14 +168,14 @@ def recipe_of_the_book(**changes) -> Recipe:
 
 def kept_rows(file: Path, recipe: Recipe) -> list[dict]:
     "The rows of a file that this recipe made."
-    known = read_json(file) if file.exists() else {}
-    return known["trainings"] if known.get("recipe") == recipe.to_dict() else []
+    known = read_json(file) if file.exists() else None
+    return known["trainings"] if known and Recipe.from_dict(known["recipe"]) == recipe else []
 
 
 def accuracy(seeds: int = 3) -> pd.DataFrame:
     "fast-cnn on the 50 000 training images of CIFAR-10, judged by the 10 000 test images; results/cifar10/time_to_accuracy.json keeps it."
-    splits, file = load("cifar10"), RESULTS / "cifar10" / "time_to_accuracy.json"
-    train, recipe = merged(splits.train, splits.validation), recipe_of_the_book()
+    splits, file = all_labeled(load("cifar10")), RESULTS / "cifar10" / "time_to_accuracy.json"
+    train, recipe = splits.train, recipe_of_the_book()
     rows = kept_rows(file, recipe)
     for seed in sorted(set(range(seeds)) - {row["seed"] for row in rows}):
         own = dataclasses.replace(recipe, seed=seed)
@@ -196,24 +197,42 @@ def shown(rows: list[dict]) -> pd.DataFrame:
 
 def short(epochs: int = 2) -> pd.DataFrame:
     "The first epochs of `accuracy`, with a schedule of their own: whether a machine or a change is fast, and learns, in minutes."
-    splits, recipe = load("cifar10"), recipe_of_the_book(epochs=epochs)
-    train = merged(splits.train, splits.validation)
-    return shown([{"epochs": epochs, **one_training(train, splits.test, splits.num_classes, recipe)}])
+    splits, recipe = all_labeled(load("cifar10")), recipe_of_the_book(epochs=epochs)
+    return shown([{"epochs": epochs, **one_training(splits.train, splits.test, splits.num_classes, recipe)}])
+
+
+def all_labeled(splits: Splits) -> Splits:
+    "The same splits with the validation images among the training images too. They have nothing to say about the test images then."
+    images = merged(splits.train, splits.validation)
+    return dataclasses.replace(splits, train=images, fingerprint=fingerprint([images, splits.validation, splits.test], splits.classes))
+
+
+def trained_apart(name: str, recipe: Recipe, splits: Splits) -> pd.DataFrame:
+    "A training that is too long for the book, on images of CIFAR-10, judged by its test images; results/cifar10/<name>.json keeps the outcome."
+    run = train_in_folder(recipe, splits, MODELS / f"cifar10-{name}" / recipe.model)
+    known = ("seconds", "images_per_second", "precision", "parameters", "weights", "random_layers", "best_epoch")
+    row = {"seed": recipe.seed, "epochs": recipe.epochs, **{each: run.summary[each] for each in known}, **accuracy_of(run.model(), splits.test)}
+    write_json(RESULTS / "cifar10" / f"{name}.json", {
+        "recipe": recipe.to_dict(), "training_images": len(splits.train), "test_images": len(splits.test), "trainings": [row],
+        "provenance": run.summary["provenance"]})
+    return shown([row])
 
 
 def wide(epochs: int = 24) -> pd.DataFrame:
-    "A wider fast-cnn, trained for longer on the same 50 000 images, for accuracy alone; results/cifar10/wide.json keeps it."
-    splits, file = load("cifar10"), RESULTS / "cifar10" / "wide.json"
-    images = merged(splits.train, splits.validation)   # the validation images choose nothing: such patience never ends early
-    splits = dataclasses.replace(splits, train=images, fingerprint=fingerprint([images, splits.validation, splits.test], splits.classes))
-    recipe = recipe_of_the_book(filters=(128, 384, 512), epochs=epochs, patience=epochs)
-    recipe = dataclasses.replace(recipe, policy=dataclasses.replace(recipe.policy, cutout=0.375))
-    run = train_in_folder(recipe, splits, MODELS / "cifar10-wide" / recipe.model)
-    row = {"seed": recipe.seed, "epochs": recipe.epochs, **{name: run.summary[name] for name in ("seconds", "images_per_second", "precision", "parameters")},
-           **accuracy_of(run.model(), splits.test)}
-    write_json(file, {"recipe": recipe.to_dict(), "training_images": len(images), "test_images": len(splits.test), "trainings": [row],
-                      "provenance": run.summary["provenance"]})
-    return shown([row])
+    "A wider and deeper fast-cnn, trained for longer on the same 50 000 images, for accuracy alone."
+    recipe = recipe_of_the_book(filters=(128, 384, 512), convolutions=3, epochs=epochs, patience=epochs)   # such patience ends at the last epoch
+    recipe = dataclasses.replace(recipe, policy=dataclasses.replace(recipe.policy, cutout=0.25))
+    return trained_apart("wide", recipe, all_labeled(load("cifar10")))
+
+
+def frozen(epochs: int = 10) -> pd.DataFrame:
+    "The head alone, on features of EfficientNet-Lite0 that are computed once; the validation images choose the epoch."
+    return trained_apart("frozen", starting_recipe("efficientnet-lite0", input_size=160, epochs=0, head_epochs=epochs), load("cifar10"))
+
+
+def resnet50(epochs: int = 8) -> pd.DataFrame:
+    "ResNet50 from the ImageNet weights that are there, all of it trained; the validation images choose the epoch. 95 MB, so nobody commits its weights."
+    return trained_apart("resnet50", starting_recipe("resnet50", input_size=64, epochs=epochs), load("cifar10"))
 
 
 # -- what each ingredient buys ----------------------------------------------------------------------------------------
@@ -321,7 +340,7 @@ def ablation(epochs: int = 4) -> pd.DataFrame:
 
 def bench(what: str = "speed", *numbers: str) -> None:
     "Measure one of them and print a table."
-    measures = {"speed": speed, "short": short, "accuracy": accuracy, "wide": wide, "ablation": ablation}
+    measures = {"speed": speed, "short": short, "accuracy": accuracy, "wide": wide, "frozen": frozen, "resnet50": resnet50, "ablation": ablation}
     if what not in measures or not all(number.isdecimal() for number in numbers):
         raise Problem(f"bench_training.py {' '.join([what, *numbers])}: expected {' or '.join(measures)}, then whole numbers.")
     print(measures[what](*map(int, numbers)).round(4).to_string(index=False))

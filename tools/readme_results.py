@@ -28,7 +28,11 @@ def from_scratch() -> list[str]:  # one paragraph, or none where nobody has meas
     timed = json.loads(path.read_text(encoding="utf-8"))
     mean, spread, rows, machine = timed["mean"], timed["spread"], timed["trainings"], timed["provenance"]["hardware"]
     seeds = f"mean of {len(rows)} seeds" if len(rows) > 1 else "one seed"
-    beside = f", {mean['ratio']:.2f} times what the network of the speed records (Jordan, 2024) needs in PyTorch beside it" if "ratio" in mean else ""
+    beside = ""
+    if "ratio" in mean:
+        ratios = [row["ratio"] for row in rows]
+        beside = (f", {mean['ratio']:.2f} times what the network of the speed records (Jordan, 2024) would take in PyTorch beside it: "
+                  f"{min(ratios):.2f} to {max(ratios):.2f}, depending on what else the machine did")
     return [f"From scratch, **fast-cnn** ({rows[0]['parameters']:,} parameters) trains on {timed['training_images']:,} images in {mean['seconds']:.0f} seconds "
             f"({machine['cpu']}, {machine['cores']} cores{beside}) and labels {mean['plain']:.2%} ± {100 * spread['plain']:.2f} of "
             f"{timed['test_images']:,} test images correctly, {mean['six_views']:.2%} ± {100 * spread['six_views']:.2f} when six views of each are averaged "
@@ -42,7 +46,7 @@ def wider() -> str:  # a sentence, or none where nobody has measured it
         return ""
     measured = json.loads(path.read_text(encoding="utf-8"))
     row, = measured["trainings"]
-    return (f" A wider one ({row['parameters'] / 1e6:.1f} million parameters, {row['epochs']} epochs, {row['seconds'] / 60:.0f} minutes, one seed) reaches "
+    return (f" A wider and deeper one ({row['parameters'] / 1e6:.1f} million parameters, {row['epochs']} epochs, {row['seconds'] / 60:.0f} minutes, one seed) reaches "
             f"{row['plain']:.2%}, and {row['six_views']:.2%} with six views.")
 
 
