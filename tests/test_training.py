@@ -72,7 +72,6 @@ def differences(one: Run, other: Run) -> float:
 
 CHILD = """
 import dataclasses, os, signal, sys
-import h5py
 import keras
 from cvdl.augmentation import Policy
 from cvdl.data import load
@@ -399,7 +398,6 @@ TWO = """
 import sys
 import tensorflow as tf
 tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2)
-import h5py
 import keras
 import numpy as np
 from cvdl.data import load
@@ -433,8 +431,15 @@ def test_several_devices_share_each_batch(splits, tmp_path):
 
 
 BACKEND = """
+import importlib.machinery
 import sys
-import h5py
+
+class WithoutTensorFlow(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, *rest):
+        return None if name.partition(".")[0] == "tensorflow" else super().find_spec(name, *rest)
+
+sys.meta_path[:] = [WithoutTensorFlow if finder is importlib.machinery.PathFinder else finder for finder in sys.meta_path]
 import keras
 import numpy as np
 from cvdl.baseline import baseline_cnn, fast_cnn, whiten
@@ -446,9 +451,10 @@ images = np.random.default_rng(0).integers(0, 256, (32, 16, 16, 3)).astype("floa
 targets = np.eye(4, dtype="float32")[np.arange(32) % 4]
 plain = baseline_cnn((16, 16, 3), 4, filters=(8, 16)), keras.optimizers.SGD(WarmupCosine(0.05, 5, 40), momentum=0.9, nesterov=True)
 fast = whiten(fast_cnn((16, 16, 3), 4, filters=(8, 16)), images), Muon(WarmupLinear(0.1, 0, 40), momentum=0.6, ns_steps=3, rms_rate=None)
-lite = transfer_model("efficientnet-lite0", (16, 16, 3), 4, input_size=32, pretrained=False)[0]
-layerwise = lite, LayerwiseAdam(0.003, factors=layer_factors(lite, 0.9))
-for model, optimizer in (plain, fast, layerwise):
+lite = transfer_model("efficientnet-lite0", (32, 32, 3), 4, input_size=32, pretrained=False)[0]
+layerwise = lite, LayerwiseAdam(3e-4, factors=layer_factors(lite, 0.9))
+larger = images.repeat(2, axis=1).repeat(2, axis=2)
+for (model, optimizer), images in zip((plain, fast, layerwise), (images, images, larger), strict=True):
     model.compile(optimizer, WeightedCrossentropy(0.1), metrics=["accuracy"])
     losses = [float(model.train_on_batch(images, targets)[0]) for _ in range(30)]
     assert np.isfinite(losses).all() and losses[-1] < 0.8 * losses[0], losses
