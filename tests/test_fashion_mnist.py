@@ -34,8 +34,8 @@ def test_the_package_is_read_as_published(tmp_path, monkeypatch):
 
 def test_every_experiment(experiments, tmp_path, monkeypatch):   # lessons and appendices know nothing of the data
     monkeypatch.setenv("CVDL_HOME", str(tmp_path / "home"))
-    make(experiments, f"models/fashion_mnist-tiny/stamps/{chapters()[-1]}.done", "PROFILE=tiny", "DATA=fashion_mnist")
-    results = experiments / "results" / "fashion_mnist-tiny"
+    make(experiments, f"models/fashion_mnist-brief/stamps/{chapters()[-1]}.done", "PROFILE=brief", "DATA=fashion_mnist")
+    results = experiments / "results" / "fashion_mnist-brief"
     splits = data.load("fashion_mnist", num_images=400)
     read = {path.stem: json.loads(path.read_text()) for path in results.glob("*.json")}
     assert {content["provenance"]["data"]["fingerprint"] for content in read.values() if "provenance" in content} == {splits.fingerprint}

@@ -313,7 +313,7 @@ def ingredients(recipe: Recipe) -> dict[str, dict]:   # what `one_training` is g
         "− hard SiLU: ReLU in its place": changed(sharp_activations),
         "− label smoothing": with_recipe(label_smoothing=0.0),
         "− schedule: the learning rate is constant": with_recipe(schedule="constant"),
-        "− Muon: SGD in its place": with_recipe(optimizer="sgd", learning_rate=0.05, weight_decay=5e-4),
+        **{f"− Muon: SGD in its place, at {rate}": with_recipe(optimizer="sgd", learning_rate=rate, weight_decay=5e-4) for rate in (0.1, 0.3, 1.0)},
         "− augmentation": with_policy(alternating_flip=False, translate=0.0),
         "− turns: flips at random": with_policy(alternating_flip=False, horizontal_flip=True),
         "− shifts": with_policy(translate=0.0),
