@@ -1033,14 +1033,21 @@ def _claim(folder: Path, recipe: Recipe, fingerprint: str, source: Mapping | Non
 SCAFFOLDING = ("checkpoint.npz", "best.npz", "head.npz", "checkpoint.partial", "best.partial", "head.partial", "partial.keras")
 
 
-def _finish_model(model: keras.Model, folder: Path) -> Run:
-    "Write the model, which makes the run a finished one; then clear the scaffolding away."
+@contextmanager
+def _last_files(folder: Path):
+    "Where the files of a finished run are written; a disk that refuses is one sentence."
     try:
-        model.save(folder / "partial.keras")
-        os.replace(folder / "partial.keras", folder / "model.keras")
+        yield
     except OSError as error:
         (folder / "partial.keras").unlink(missing_ok=True)
-        raise OSError(f"{folder}: the model cannot be written ({error.strerror or error}); the last checkpoint is kept, resume when there is room") from error
+        raise OSError(f"{folder}: the run cannot be written ({error.strerror or error}); the last checkpoint is kept, resume when there is room") from error
+
+
+def _finish_model(model: keras.Model, folder: Path) -> Run:
+    "Write the model, which makes the run a finished one; then clear the scaffolding away."
+    with _last_files(folder):
+        model.save(folder / "partial.keras")
+        os.replace(folder / "partial.keras", folder / "model.keras")
     for name in SCAFFOLDING:
         (folder / name).unlink(missing_ok=True)
     return Run.open(folder)
@@ -1093,9 +1100,8 @@ def _train(recipe: Recipe, splits: Splits, folder: Path, *, progress: bool, devi
 def _finish(model, recipe: Recipe, splits: Splits, folder: Path, history: list[dict], facts: dict) -> Run:
     "Write the summary, then the float32 model."
     frame = pd.DataFrame(history)
-    write_history(folder, history)
     changes = folder / "changes.json"
-    write_json(folder / "run.json", {
+    summary = {
         "model": recipe.model, "parameters": model.count_params(), "epochs": len(history),
         "best_epoch": best_epoch(history), "validation_accuracy": float(frame["val_accuracy"].max()),
         "training_images": len(splits.train), "validation_images": len(splits.validation),
@@ -1104,7 +1110,10 @@ def _finish(model, recipe: Recipe, splits: Splits, folder: Path, history: list[d
         "images_per_second": float(frame["images_per_second"].median()), **facts,
         **({"learning_rate_changes": read_json(changes)} if changes.exists() else {}),
         "provenance": provenance(splits, seed=recipe.seed),
-    })
+    }
+    with _last_files(folder):
+        write_history(folder, history)
+        write_json(folder / "run.json", summary)
     return _finish_model(float32_twin(model, splits.image_shape), folder)
 
 # %% ../nbs/04_training.ipynb #a4fb2fab
