@@ -30,7 +30,6 @@ from cvdl.transfer import BACKBONES, backbone_layers, extract_features, transfer
 
 matplotlib.use("agg")
 CVDL = Path(sys.executable).with_name("cvdl")
-SMALL_AUTO = Recipe(precision="auto")
 SMALL = Recipe(epochs=3, batch_size=32, filters=(4, 8), learning_rate=0.05, precision="float32", policy=dataclasses.replace(Policy.light(), mixup=0.2))
 
 
@@ -372,7 +371,7 @@ def test_precision_follows_the_devices_that_are_named(monkeypatch):
     monkeypatch.setattr(training.tf.config, "list_physical_devices", lambda kind: [0, 1, 2])
     monkeypatch.setattr(training.tf.config.experimental, "get_device_details", lambda gpu: details[gpu])
     monkeypatch.setattr(training, "hardware", lambda: {"flags": ["amx_bf16"]})
-    chosen = [training.compute_precision(SMALL_AUTO, devices) for devices in (["gpu:0"], ["gpu:1"], ["gpu:0", "gpu:1"], ["gpu:2"], ["cpu:0"])]
+    chosen = [training.compute_precision(Recipe(precision="auto"), devices) for devices in (["gpu:0"], ["gpu:1"], ["gpu:0", "gpu:1"], ["gpu:2"], ["cpu:0"])]
     assert chosen == ["mixed_bfloat16", "float32", "float32", "float32", "mixed_bfloat16"]
 
 

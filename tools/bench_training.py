@@ -4,7 +4,7 @@
 
 `short` is `accuracy` in minutes: one training of a few epochs, which leaves no file. `accuracy` and `ablation` go on where they were:
 a row of results/cifar10/time_to_accuracy.json or ablation.json that the same recipe made is kept. `wide`, `frozen` and `resnet50` go on at
-the step where they were.
+the step where they were, and are kept likewise.
 With TORCH_PYTHON naming a Python that has PyTorch, each training of `accuracy` is framed by runs of tools/torch_reference.py.
 """
 
@@ -209,13 +209,15 @@ def all_labeled(splits: Splits) -> Splits:
 
 def trained_apart(name: str, recipe: Recipe, splits: Splits) -> pd.DataFrame:
     "A training that is too long for the book, on images of CIFAR-10, judged by its test images; results/cifar10/<name>.json keeps the outcome."
-    run = train_in_folder(recipe, splits, MODELS / f"cifar10-{name}" / recipe.model)
-    known = ("seconds", "images_per_second", "precision", "parameters", "weights", "random_layers", "best_epoch")
-    row = {"seed": recipe.seed, "epochs": recipe.epochs, **{each: run.summary[each] for each in known}, **accuracy_of(run.model(), splits.test)}
-    write_json(RESULTS / "cifar10" / f"{name}.json", {
-        "recipe": recipe.to_dict(), "training_images": len(splits.train), "test_images": len(splits.test), "trainings": [row],
-        "provenance": run.summary["provenance"]})
-    return shown([row])
+    file = RESULTS / "cifar10" / f"{name}.json"
+    rows = kept_rows(file, recipe)
+    if not rows:
+        run = train_in_folder(recipe, splits, MODELS / f"cifar10-{name}" / recipe.model)
+        known = ("seconds", "images_per_second", "precision", "parameters", "weights", "random_layers", "best_epoch")
+        rows = [{"seed": recipe.seed, "epochs": recipe.epochs, **{each: run.summary[each] for each in known}, **accuracy_of(run.model(), splits.test)}]
+        write_json(file, {"recipe": recipe.to_dict(), "training_images": len(splits.train), "test_images": len(splits.test), "trainings": rows,
+                          "provenance": run.summary["provenance"]})
+    return shown(rows)
 
 
 def wide(epochs: int = 24) -> pd.DataFrame:
