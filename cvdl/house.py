@@ -7,6 +7,7 @@ __all__ = ['DataError', 'Images', 'home', 'cache_folder', 'results_folder', 'mod
            'hardware', 'provenance', 'processor', 'machine_line', 'use_book_style', 'grayscale', 'show_images']
 
 # %% ../nbs/house.ipynb #a50005b7
+import functools
 import json
 import math
 import os
@@ -171,11 +172,21 @@ def read_json(
 # %% ../nbs/house.ipynb #28b39c9a
 _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "amx_bf16", "asimd")
 _PACKAGES = ("tensorflow", "keras", "numpy", "pandas", "scikit-learn", "opencv-python-headless", "pillow",
-             "tensorflow-model-optimization", "tf2onnx", "onnxruntime", "ai-edge-litert")
+             "tensorflow-model-optimization", "tf2onnx", "onnxruntime", "ai-edge-litert", "jax", "torch")
 
 
-def hardware() -> dict:  # cpu, cores, flags, memory_gb
-    "The processor this runs on, with the instruction sets that matter for speed."
+@functools.cache
+def _gpus() -> list[str]:
+    "The names of NVIDIA's GPUs, as their driver tells them."
+    try:
+        answer = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return answer.stdout.strip().splitlines()
+
+
+def hardware() -> dict:  # cpu, cores, flags, memory_gb; gpus where there are some
+    "The processor this runs on, with the instruction sets that matter for speed, and the GPUs beside it."
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -189,7 +200,7 @@ def hardware() -> dict:  # cpu, cores, flags, memory_gb
         memory = math.nan
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {"cpu": model[1].strip() if model else platform.processor() or platform.machine(), "cores": cores,
-            "flags": [flag for flag in _FLAGS if flag in present], "memory_gb": round(memory, 1)}
+            "flags": [flag for flag in _FLAGS if flag in present], "memory_gb": round(memory, 1), **({"gpus": _gpus()} if _gpus() else {})}
 
 
 def _version(package: str) -> str | None:
@@ -224,8 +235,8 @@ def provenance(
 def processor(
     machine: Mapping,                # from `hardware`
 ) -> str:
-    "A processor with its cores and instruction sets."
-    return f"{machine['cpu']}, {machine['cores']} cores ({', '.join(machine['flags'])})"
+    "A processor with its cores and instruction sets, and the GPUs beside it."
+    return f"{machine['cpu']}, {machine['cores']} cores ({', '.join(machine['flags'])})" + "".join(f", {gpu}" for gpu in machine.get("gpus", []))
 
 
 def machine_line(
@@ -233,7 +244,7 @@ def machine_line(
 ) -> str:
     "The processor of a result, with what computed there and when, in a line."
     versions = origin["versions"]
-    libraries = ", ".join(f"{name} {versions[name]}" for name in ("tensorflow", "keras") if name in versions)
+    libraries = ", ".join(f"{name} {versions[name]}" for name in ("tensorflow", "jax", "torch", "keras") if name in versions)
     return f"{processor(origin['hardware'])}, {libraries}, {origin['time'][:10]}"
 
 # %% ../nbs/house.ipynb #f9ce1583

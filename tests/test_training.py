@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import keras
@@ -845,7 +846,8 @@ def test_every_row_of_the_ablation_differs_from_all_of_it():
 
     def network(change=lambda model: model, **_):
         keras.utils.set_random_seed(0)
-        model = change(training.build_model(recipe, (32, 32, 3), 10)[0])
+        model = change(training.build_model(recipe, (32, 32, 3), 10, precision="mixed_bfloat16")[0])
+        assert training.float32_twin(model, (32, 32, 3)).compute_dtype == "float32", "which is what gets asked in the end"
         answers = model(np.random.default_rng(0).random((2, 32, 32, 3), np.float32) * 255, training=True)
         return [type(layer).__name__ for layer in model.layers[1:]], [layer.trainable for layer in model.layers[1:]], np.round(answers, 4).tolist()
 
@@ -900,6 +902,54 @@ def test_the_wide_network_trains_on_all_labeled_images_and_once(splits, tmp_path
     assert written["training_images"] == len(splits.train) + len(splits.validation)
     assert written["trainings"][0]["epochs"] == 2 and written["recipe"]["policy"]["cutout"] > 0 and written["recipe"]["convolutions"] == 3
     assert tables[0].equals(tables[1]), "the second call opens what the first one trained"
+
+
+@pytest.mark.parametrize("backend", ["tensorflow", "jax", "torch"])
+def test_the_wide_network_trains_where_there_is_keras_alone(backend, tmp_path, monkeypatch, capsys):
+    import bench_training
+    import train_on_gpu
+
+    if importlib.util.find_spec(backend) is None:
+        pytest.skip(f"{backend} is not installed")
+    drawn = load("shapes", num_images=600, image_size=32)
+    monkeypatch.setattr(bench_training, "load", lambda name: drawn)
+    monkeypatch.setattr(bench_training, "recipe_of_the_book", lambda **changes: training.starting_recipe(
+        "fast-cnn", **{**changes, "filters": (8, 16, 16), "batch_size": 40}))
+    monkeypatch.setattr(train_on_gpu, "RESULTS", tmp_path / "results")
+    tool, folder = ROOT / "tools" / "train_on_gpu.py", tmp_path / "packed"
+    train_on_gpu.pack(folder, 8)
+    environment = {**os.environ, "KERAS_BACKEND": backend, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run([sys.executable, tool, "train", folder, "3"], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    train_on_gpu.judge(folder)
+    written = training.read_json(tmp_path / "results" / "cifar10" / "wide.json")
+    row, = written["trainings"]
+    assert row["seed"] == 3 and row["epochs"] == 8 and written["training_images"] == len(drawn.train) + len(drawn.validation)
+    assert {"tensorflow", "jax", "torch"} & set(written["provenance"]["versions"]) <= {backend}, "what did not compute is not named"
+    assert row["plain"] > 0.4, "a tenth is chance, and so are weights in the wrong places"
+    assert Recipe.from_dict(written["recipe"]).convolutions == 3 and "six_views" in capsys.readouterr().out
+
+
+def test_batches_of_keras_alone_are_mirrored_shifted_and_have_a_box():
+    from train_on_gpu import batches
+
+    images = np.random.default_rng(0).integers(0, 100, (60, 16, 16, 3)).astype(np.uint8)
+    targets = np.eye(60, dtype=np.float32)
+
+    def two_epochs(**policy):
+        recipe = SimpleNamespace(batch_size=20, epochs=2, seed=0, policy={"alternating_flip": False, "translate": 0, "cutout": 0, **policy})
+        pixels, rows = (np.concatenate(parts) for parts in zip(*batches(images, targets, recipe, first_epoch=0, side=16), strict=True))
+        return [pixels[part][rows[part].argmax(axis=1).argsort()] for part in (slice(60), slice(60, 120))]
+
+    first, second = two_epochs()
+    assert (first == images).all() and (second == images).all()
+    first, second = two_epochs(alternating_flip=True)
+    assert (first == second[:, :, ::-1]).all() and 15 < (first == images).all(axis=(1, 2, 3)).sum() < 45
+    gray = (two_epochs(cutout=0.25)[0] == 127).all(axis=-1)
+    assert (gray.sum(axis=(1, 2)) == 16).all() and gray.any(axis=0).all(), "a box of 4 pixels a side, anywhere"
+    padded = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)), "symmetric")
+    places = [(padded[:, y:y + 16, x:x + 16] == two_epochs(translate=0.125)[0]).all(axis=(1, 2, 3)) for y in range(5) for x in range(5)]
+    assert np.any(places, axis=0).all() and np.any(places, axis=1).sum() > 15, "shifted by up to 2 pixels, every way"
 
 
 def test_what_is_trained_apart_on_a_backbone_leaves_validation_to_choose(splits, monkeypatch):

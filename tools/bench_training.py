@@ -220,11 +220,16 @@ def trained_apart(name: str, recipe: Recipe, splits: Splits) -> pd.DataFrame:
     return shown(rows)
 
 
-def wide(epochs: int = 24) -> pd.DataFrame:
-    "A wider and deeper fast-cnn, trained for longer on the same 50 000 images, for accuracy alone."
-    recipe = recipe_of_the_book(filters=(128, 384, 512), convolutions=3, epochs=epochs, patience=epochs)   # such patience ends at the last epoch
-    recipe = dataclasses.replace(recipe, policy=dataclasses.replace(recipe.policy, cutout=0.25))
-    return trained_apart("wide", recipe, all_labeled(load("cifar10")))
+def wide_recipe(epochs: int) -> Recipe:
+    "Wider and deeper than fast-cnn, with twice as many steps an epoch and more epochs."
+    recipe = recipe_of_the_book(filters=(128, 384, 512), convolutions=3, epochs=epochs, patience=epochs,   # such patience ends at the last epoch
+                                batch_size=1000, learning_rate=0.2)
+    return dataclasses.replace(recipe, policy=dataclasses.replace(recipe.policy, cutout=0.25))
+
+
+def wide(epochs: int = 40) -> pd.DataFrame:
+    "A wider and deeper fast-cnn on the same 50 000 images, for accuracy alone."
+    return trained_apart("wide", wide_recipe(epochs), all_labeled(load("cifar10")))
 
 
 def frozen(epochs: int = 10) -> pd.DataFrame:
@@ -259,7 +264,7 @@ def without_batch_norm(model: keras.Model) -> keras.Model:
     "BatchNorm leaves, nothing comes in its place."
     def again(layer):
         if isinstance(layer, keras.layers.BatchNormalization):
-            return Nothing(name=layer.name, dtype=layer.dtype_policy)
+            return Nothing(name=layer.name, dtype=layer.dtype_policy.name)   # a word, which a clone can take over
         return layer.__class__.from_config(layer.get_config())
 
     bare = keras.models.clone_model(model, input_tensors=keras.Input(model.input_shape[1:]), clone_function=again)
