@@ -30,12 +30,11 @@ from bench_augmentation import interleaved, ratios
 from common import MODELS, RESULTS, Problem, main
 from plan import read_profile
 
-from cvdl.baseline import whiten
 from cvdl.data import Images, Splits, fingerprint, load, provenance, read_json, write_json
 from cvdl.evaluation import augmented_predictor, keras_predictor, wilson_interval
 from cvdl.fused import PLAIN, FusedActivation
 from cvdl.shapes import draw_shapes
-from cvdl.training import WHITENING_IMAGES, Recipe, build_model, compile_model, compute_precision, float32_twin, starting_recipe, training_stream, with_input
+from cvdl.training import Recipe, build_model, compile_model, compute_precision, float32_twin, starting_recipe, training_stream, with_input
 from cvdl.training import train as train_in_folder
 from cvdl.transfer import BACKBONES, unfreeze_top
 
@@ -124,9 +123,7 @@ def one_training(
     "Train on all of `train`, then ask for `judged`; the clock runs during training, compilation included."
     keras.utils.set_random_seed(recipe.seed)
     precision, shape = compute_precision(recipe), train.images.shape[1:]
-    model, _ = build_model(recipe, shape, num_classes, precision=precision)
-    if recipe.model == "fast-cnn":
-        whiten(model, train.images[:WHITENING_IMAGES])
+    model, _ = build_model(recipe, shape, num_classes, precision=precision, images=train.images)
     model = change(model) if change else model
     stream, steps = training_stream(train, num_classes, policy=recipe.policy, batch_size=recipe.batch_size, seed=recipe.seed,
                                     epochs=recipe.epochs, small=(recipe.small_scale, recipe.small_epochs))
@@ -320,7 +317,7 @@ def ingredients(recipe: Recipe) -> dict[str, dict]:   # what `one_training` is g
         "− hard SiLU: ReLU in its place": changed(sharp_activations),
         "− label smoothing": with_recipe(label_smoothing=0.0),
         "− schedule: the learning rate is constant": with_recipe(schedule="constant"),
-        **{f"− Muon: SGD in its place, at {rate}": with_recipe(optimizer="sgd", learning_rate=rate, weight_decay=5e-4) for rate in (0.1, 0.3, 1.0)},
+        **{f"− Muon: SGD in its place, at {rate}": with_recipe(optimizer="sgd", learning_rate=rate, weight_decay=5e-4) for rate in (0.003, 0.01, 0.03)},
         "− augmentation": with_policy(alternating_flip=False, translate=0.0),
         "− turns: flips at random": with_policy(alternating_flip=False, horizontal_flip=True),
         "− shifts": with_policy(translate=0.0),
@@ -335,11 +332,13 @@ def ablation(epochs: int = 4) -> pd.DataFrame:
     "fast-cnn with one ingredient more or less, on the training images of CIFAR-10, judged by the validation images."
     splits, file = load("cifar10"), RESULTS / "cifar10" / "ablation.json"
     recipe = recipe_of_the_book(epochs=epochs)
-    rows = kept_rows(file, recipe)
-    for name, options in ingredients(recipe).items():
+    wanted = ingredients(recipe)
+    rows = [row for row in kept_rows(file, recipe) if row["ingredient"] in wanted]
+    for name, options in wanted.items():
         if name not in {row["ingredient"] for row in rows}:
             print(name, file=sys.stderr)
             rows.append({"ingredient": name, **one_training(splits.train, splits.validation, splits.num_classes, **options)})
+            rows.sort(key=lambda row: list(wanted).index(row["ingredient"]))
             write_json(file, {"recipe": recipe.to_dict(), "training_images": len(splits.train), "validation_images": len(splits.validation),
                               "trainings": rows, "provenance": provenance(splits, seed=recipe.seed)})
     return pd.DataFrame(rows)[["ingredient", "seconds", "plain", "six_views"]]
