@@ -6,9 +6,9 @@
 __all__ = ['BFLOAT16_UNITS', 'BFLOAT16_CAPABILITY', 'WHITENING_IMAGES', 'WEIGHTS_FORMAT', 'RECALIBRATION_IMAGES', 'SCAFFOLDING',
            'Recipe', 'starting_recipe', 'find_devices', 'strategy_for', 'dtype_policy', 'faster_precision', 'on_gpu',
            'least_capability', 'compute_precision', 'build_model', 'with_input', 'float32_twin', 'finalize',
-           'pixel_reader', 'training_stream', 'labeled_batches', 'State', 'collect', 'write_arrays', 'write_history',
-           'save_state', 'read_arrays', 'restore_state', 'Run', 'runs', 'compact', 'save_weights', 'load_weights',
-           'load', 'diverged', 'best_epoch', 'epoch_line', 'progress_bar', 'Saver', 'Keeper', 'loss_of',
+           'pixel_reader', 'untuned', 'training_stream', 'labeled_batches', 'State', 'collect', 'write_arrays',
+           'write_history', 'save_state', 'read_arrays', 'restore_state', 'Run', 'runs', 'compact', 'save_weights',
+           'load_weights', 'load', 'diverged', 'best_epoch', 'epoch_line', 'progress_bar', 'Saver', 'Keeper', 'loss_of',
            'compile_model', 'train_head', 'lacks_statistics', 'prepare_backbone', 'Board', 'fit', 'learning_rate_range',
            'steepest_rate', 'plot_learning_rate_range', 'profile_steps', 'plot_profile', 'restore_run', 'restore_runs',
            'train', 'resume', 'plot_history']
@@ -304,6 +304,13 @@ def pixel_reader(
     return read
 
 # %% ../nbs/04_training.ipynb #7d22ae16
+def untuned(stream: tf.data.Dataset) -> tf.data.Dataset:
+    "The same stream without tf.data's tuner: nothing here is left to it, and at the end of a stream its thread can sleep on for a minute."
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return stream.with_options(options)
+
+
 def training_stream(
     images: Images,
     num_classes: int,
@@ -351,7 +358,7 @@ def training_stream(
     else:
         epochs_left = tf.data.Dataset.range(first_epoch, max(epochs, first_epoch))
         places = epochs_left.map(lambda epoch: (epoch, tf.where(epoch == first_epoch, tf.constant(first_step, tf.int64), 0)))
-    return places.flat_map(rest_of_epoch).prefetch(4), steps
+    return untuned(places.flat_map(rest_of_epoch).prefetch(4)), steps
 
 
 def labeled_batches(
@@ -363,7 +370,7 @@ def labeled_batches(
     "Images as they are, for validation."
     read, labels = pixel_reader(images), tf.constant(images.labels)
     rows = tf.data.Dataset.range(len(images)).batch(batch_size)
-    return rows.map(lambda chosen: (read(chosen), tf.one_hot(tf.gather(labels, chosen), num_classes))).prefetch(2)
+    return untuned(rows.map(lambda chosen: (read(chosen), tf.one_hot(tf.gather(labels, chosen), num_classes))).prefetch(2))
 
 # %% ../nbs/04_training.ipynb #916d1603
 @dataclass
