@@ -951,6 +951,22 @@ def test_the_wide_network_trains_where_there_is_keras_alone(backend, tmp_path, m
     assert Recipe.from_dict(written["recipe"]).convolutions == 3 and "six_views" in capsys.readouterr().out
 
 
+def test_the_tool_for_keras_alone_says_what_it_wants(monkeypatch, capsys, tmp_path):
+    import common
+    import train_on_gpu
+
+    monkeypatch.setattr(sys.modules["__main__"], "__doc__", train_on_gpu.__doc__)
+    monkeypatch.setattr(sys, "argv", ["train_on_gpu.py", "--help"])
+    common.main(train_on_gpu.act)
+    assert "pack FOLDER" in capsys.readouterr().out
+    for words in ([], ["train"], ["fly", "folder"], ["train", "folder", "x"], ["judge", str(tmp_path)], ["train", str(tmp_path)]):
+        monkeypatch.setattr(sys, "argv", ["train_on_gpu.py", *words])
+        with pytest.raises(SystemExit):
+            common.main(train_on_gpu.act)
+        said = capsys.readouterr().err
+        assert "expected" in said and said.count("\n") == 1 and (len(words) < 2 or words[1] in said)
+
+
 def test_batches_of_keras_alone_are_mirrored_shifted_and_have_a_box():
     from train_on_gpu import batches
 

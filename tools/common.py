@@ -24,7 +24,10 @@ class Problem(Exception):
 def main(
     action: Callable[..., None],  # takes the words of the command line
 ) -> None:
-    "Run `action`; a `Problem` ends in its sentence and exit code 1, Ctrl-C in exit code 130."
+    "Run `action`, or print what the tool is for; a `Problem` ends in its sentence and exit code 1, Ctrl-C in exit code 130."
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(sys.modules["__main__"].__doc__)
+        return
     try:
         action(*sys.argv[1:])
     except Problem as problem:

@@ -63,6 +63,13 @@ def batches(
             yield pixels if side == full else keras.ops.image.resize(pixels, (side, side), antialias=True), targets[rows]
 
 
+def packed(folder: Path) -> dict:   # recipe, num_classes, data
+    "What `pack` wrote about the images in a folder."
+    if missing := [name for name in ("recipe.json", "images.npy", "labels.npy") if not (folder / name).exists()]:
+        raise Problem(f"{folder}/{missing[0]} is missing: expected a folder of `train_on_gpu.py pack`.")
+    return read_json(folder / "recipe.json")
+
+
 def network_of(recipe: SimpleNamespace, images: np.ndarray, num_classes: int) -> keras.Model:
     "The untrained network of a recipe, in the precision that is set."
     return fast_cnn(images.shape[1:], num_classes, filters=recipe.filters, convolutions=recipe.convolutions, dropout=recipe.dropout)
@@ -70,7 +77,7 @@ def network_of(recipe: SimpleNamespace, images: np.ndarray, num_classes: int) ->
 
 def train(folder: Path, seed: int = 0, held_out: int = 0) -> None:
     "Train on the images that are there, and write the weights, or print what they score on the last `held_out` images."
-    plan = read_json(folder / "recipe.json")
+    plan = packed(folder)
     recipe = SimpleNamespace(**{**plan["recipe"], "seed": seed})
     images, labels = (np.load(folder / f"{name}.npy") for name in ("images", "labels"))
     targets, n = np.eye(plan["num_classes"], dtype=np.float32)[labels], len(images) - held_out
@@ -107,7 +114,7 @@ def judge(folder: Path) -> None:
     "Ask all weights in the folder for the test images and write results/cifar10/wide.json."
     from bench_training import accuracy_of, load, shown
 
-    plan, test = read_json(folder / "recipe.json"), load("cifar10").test
+    plan, test = packed(folder), load("cifar10").test
     network = network_of(SimpleNamespace(**plan["recipe"]), test.images, plan["num_classes"])
     trained = [read_json(path) for path in sorted(folder.glob("seed*.json"))]
     if not trained:
