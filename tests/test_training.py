@@ -20,6 +20,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+from common import Problem
 from conftest import ROOT
 
 from cvdl import training
@@ -942,6 +943,8 @@ def test_the_wide_network_trains_where_there_is_keras_alone(backend, tmp_path, m
     environment = {**os.environ, "KERAS_BACKEND": backend, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run([sys.executable, tool, "train", folder, "3"], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
+    with pytest.raises(Problem, match="held out: expected at most"):
+        train_on_gpu.train(folder, held_out=10**6)
     train_on_gpu.judge(folder)
     written = training.read_json(tmp_path / "results" / "cifar10" / "wide.json")
     row, = written["trainings"]
