@@ -978,7 +978,7 @@ def test_batches_of_keras_alone_are_mirrored_shifted_and_have_a_box():
 
     def two_epochs(**policy):
         recipe = SimpleNamespace(batch_size=20, epochs=2, seed=0, policy={"alternating_flip": False, "translate": 0, "cutout": 0, **policy})
-        pixels, rows = (np.concatenate(parts) for parts in zip(*batches(images, targets, recipe, first_epoch=0, side=16), strict=True))
+        pixels, rows = (np.concatenate(parts) for parts in zip(*batches(images, targets, recipe, first_epoch=0, side=16, gray=127), strict=True))
         return [pixels[part][rows[part].argmax(axis=1).argsort()] for part in (slice(60), slice(60, 120))]
 
     first, second = two_epochs()

@@ -24,13 +24,18 @@ def pack(folder: Path, epochs: int = 40) -> None:
     "Write all labeled images of CIFAR-10, in one file, and the recipe of the wide network."
     from bench_training import all_labeled, load, wide_recipe
 
-    splits = all_labeled(load("cifar10"))
+    from cvdl.augmentation import CUTOUT_GRAY
+    from cvdl.training import WHITENING_IMAGES
+
+    splits, recipe = all_labeled(load("cifar10")), wide_recipe(epochs)
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("images", "labels"):
         with atomic(folder / f"{name}.npy") as partial, partial.open("wb") as file:
             np.save(file, getattr(splits.train, name))
-    write_json(folder / "recipe.json", {"recipe": wide_recipe(epochs).to_dict(), "num_classes": splits.num_classes,
-                                        "data": {"name": splits.name, "fingerprint": splits.fingerprint}})
+    write_json(folder / "recipe.json", {   # with what only modules know that import TensorFlow
+        "recipe": recipe.to_dict(), "small_epochs": recipe.small_epochs, "whitening_images": WHITENING_IMAGES, "gray": CUTOUT_GRAY,
+        "num_classes": splits.num_classes, "data": {"name": splits.name, "fingerprint": splits.fingerprint},
+    })
 
 
 def batches(
@@ -40,6 +45,7 @@ def batches(
     *,
     first_epoch: int,
     side: int,           # of the images that come out
+    gray: int,           # of the box
 ) -> Iterator[tuple]:    # (batch_size, side, side, 3) float32 pixels 0–255, targets
     "Shuffled, mirrored every other time, shifted and with a gray box, as cvdl.augmentation does it, in NumPy."
     n, full, size, policy = len(images), images.shape[1], recipe.batch_size, SimpleNamespace(**recipe.policy)
@@ -58,12 +64,12 @@ def batches(
             if box:
                 from_top, from_left = line - rng.integers(0, full - box + 1, (2, size, 1))
                 inside = [(0 <= each) & (each < box) for each in (from_top, from_left)]
-                pixels[inside[0][:, :, None] & inside[1][:, None, :]] = 127
+                pixels[inside[0][:, :, None] & inside[1][:, None, :]] = gray
             pixels = pixels.astype(np.float32)
             yield pixels if side == full else keras.ops.image.resize(pixels, (side, side), antialias=True), targets[rows]
 
 
-def packed(folder: Path) -> dict:   # recipe, num_classes, data
+def packed(folder: Path) -> dict:   # recipe, small_epochs, whitening_images, gray, num_classes, data
     "What `pack` wrote about the images in a folder."
     if missing := [name for name in ("recipe.json", "images.npy", "labels.npy") if not (folder / name).exists()]:
         raise Problem(f"{folder}/{missing[0]} is missing: expected a folder of `train_on_gpu.py pack`.")
@@ -86,15 +92,14 @@ def train(folder: Path, seed: int = 0, held_out: int = 0) -> None:
                       f"takes {recipe.batch_size}; got {held_out}.")
     keras.utils.set_random_seed(seed)
     keras.config.set_dtype_policy("mixed_bfloat16")
-    network = whiten(network_of(recipe, images, plan["num_classes"]), images[:5000])
+    network = whiten(network_of(recipe, images, plan["num_classes"]), images[:plan["whitening_images"]])
     model = keras.models.clone_model(network, input_tensors=keras.Input((None, None, 3), name="pixels"))   # for images of two sizes
     model.set_weights(network.get_weights())
     steps, full = n // recipe.batch_size, images.shape[1]
     model.compile(optimizer_of(recipe, steps=steps), keras.losses.CategoricalCrossentropy(label_smoothing=recipe.label_smoothing), metrics=["accuracy"])
-    small = round(recipe.small_share * recipe.epochs) if recipe.small_scale < 1 else 0
-    started = time.perf_counter()
+    small, started = plan["small_epochs"], time.perf_counter()
     for first, last, side in [(0, small, max(16, round(recipe.small_scale * full))), (small, recipe.epochs, full)]:
-        stream = batches(images[:n], targets[:n], recipe, first_epoch=first, side=side)
+        stream = batches(images[:n], targets[:n], recipe, first_epoch=first, side=side, gray=plan["gray"])
         model.fit(stream, steps_per_epoch=steps, initial_epoch=first, epochs=last, verbose=2)
     seconds = time.perf_counter() - started
     origin = provenance(seed=seed)
