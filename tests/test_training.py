@@ -311,7 +311,7 @@ train(SMALL, load("shapes", num_images=300, image_size=16), sys.argv[1], callbac
 
 def test_files_that_cannot_grow_cost_checkpoints_and_logs_but_no_training(tmp_path):
     "The real thing: the system refuses to write, TensorBoard's log too, to the end."
-    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": str(ROOT / "tests")}
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT / "tools")])}
     done = subprocess.run([sys.executable, "-c", CRAMPED, tmp_path / "run"], env=environment, capture_output=True, text=True, timeout=300)
     lines = done.stderr.splitlines()
     assert sum("epoch 3/3" in line for line in lines) == 1 and any("no checkpoint: File too large" in line for line in lines), done.stderr[-3000:]
