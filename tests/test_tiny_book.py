@@ -202,6 +202,15 @@ def test_no_page_scrolls_sideways_on_a_phone(browse):
         assert tab.evaluate("parseFloat(getComputedStyle(document.querySelector('article p')).fontSize)") >= 14, path
 
 
+def test_a_long_file_name_is_wrapped_on_a_phone(browse):
+    tab = browse("nbs/03_transfer.html", width=390)
+    widest = tab.evaluate("""Math.max(...[...document.querySelectorAll('article .cell_output :is(p, li)')].map(text => {
+        text.append(' mobilenet_v2_weights_tf_dim_ordering_tf_kernels_1.0_224_no_top.h5')
+        return text.scrollWidth - text.clientWidth
+    }))""")
+    assert widest == 0
+
+
 def test_search_finds_a_word(browse):
     tab = browse("search.html?q=quantization")
     tab.wait_for_selector("#search-results li a", timeout=20_000)
