@@ -52,7 +52,7 @@ def clone(
 
 def pytest_collection_modifyitems(items):
     "The longest files first: a file goes to one worker, and nobody should wait for the last."
-    longest = ["test_tiny_book", "test_training", "test_fashion_mnist", "test_photos"]
+    longest = ["test_tiny_book", "test_training", "test_fashion_mnist", "test_cli", "test_pipeline", "test_photos", "test_explanation", "test_augmentation"]
     items.sort(key=lambda item: longest.index(item.path.stem) if item.path.stem in longest else len(longest))
 
 
