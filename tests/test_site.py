@@ -1,9 +1,11 @@
 "How executed notebooks become pages: what is folded, how tables and printed text are marked."
 
+import nbformat
 import pytest
 from bs4 import BeautifulSoup
 from build_site import LONG, fold_title, stage_cell, stage_links, stage_table
 from common import appendices, listed
+from conftest import ROOT
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_output
 
 LINES = "\n".join(f"x{i} = {i}" for i in range(LONG))
@@ -46,6 +48,14 @@ def test_table_with_joined_cells_is_left_alone():
 def test_table_with_a_style_of_its_own_keeps_it():
     html = '<style>table.cm td > span {display: none}</style><table class="cm"><tr><td>1<span>one of 2</span></td></tr></table>'
     assert stage_table(html).replace("&gt;", ">") == html
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results" / "cifar10" / "nbs").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_cells_of_published_tables_are_short(path):
+    "A sentence or a list in a table pushes its other columns off the page."
+    tables = [output.data["text/html"] for cell in nbformat.read(path, as_version=4).cells
+              for output in cell.get("outputs", []) if "text/html" in output.get("data", {})]
+    assert [text for table in tables for cell in BeautifulSoup(table, "html.parser").select("th, td") if len(text := cell.get_text(strip=True)) > 60] == []
 
 
 @pytest.mark.parametrize("text, columns", [("one sentence. Another one\n", False), ("  indented\n", False), ("--data <str>    what to load\n", True)])
