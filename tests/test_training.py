@@ -20,7 +20,6 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
-from common import Problem
 from conftest import ROOT
 
 from cvdl import training
@@ -311,7 +310,7 @@ train(SMALL, load("shapes", num_images=300, image_size=16), sys.argv[1], callbac
 
 def test_files_that_cannot_grow_cost_checkpoints_and_logs_but_no_training(tmp_path):
     "The real thing: the system refuses to write, TensorBoard's log too, to the end."
-    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT / "tools")])}
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": str(ROOT / "tests")}
     done = subprocess.run([sys.executable, "-c", CRAMPED, tmp_path / "run"], env=environment, capture_output=True, text=True, timeout=300)
     lines = done.stderr.splitlines()
     assert sum("epoch 3/3" in line for line in lines) == 1 and any("no checkpoint: File too large" in line for line in lines), done.stderr[-3000:]
@@ -929,6 +928,7 @@ def test_the_wide_network_trains_on_all_labeled_images_and_once(splits, tmp_path
 @pytest.mark.parametrize("backend", ["tensorflow", "jax", "torch"])
 def test_the_wide_network_trains_where_there_is_keras_alone(backend, tmp_path, monkeypatch, capsys):
     import bench_training
+    import common
     import train_on_gpu
 
     if importlib.util.find_spec(backend) is None:
@@ -943,7 +943,7 @@ def test_the_wide_network_trains_where_there_is_keras_alone(backend, tmp_path, m
     environment = {**os.environ, "KERAS_BACKEND": backend, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run([sys.executable, tool, "train", folder, "3"], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    with pytest.raises(Problem, match="held out: expected at most"):
+    with pytest.raises(common.Problem, match="held out: expected at most"):
         train_on_gpu.train(folder, held_out=10**6)
     train_on_gpu.judge(folder)
     written = training.read_json(tmp_path / "results" / "cifar10" / "wide.json")
