@@ -1,4 +1,4 @@
-# The pipeline: every chapter is a file that depends on its notebook, its parameters and the chapter before; an appendix
+# The pipeline: every chapter is a file that depends on its notebook, its parameters and the chapter before; a room
 # depends on its notebook and its parameters only.
 #
 #   models/<run>/parameters/<chapter>.yml   what the profile and the command line ask of the chapter
@@ -37,8 +37,8 @@ export PROFILE DATA RUN
 profiles := $(patsubst nbs/profiles/%.yml,%,$(sort $(wildcard nbs/profiles/*.yml)))
 notebooks := $(sort $(wildcard nbs/[0-9][0-9]_*.ipynb))
 chapters := $(notebooks:nbs/%.ipynb=%)
-appendices := $(filter-out $(chapters),$(shell sed -n 's|^ *- file: nbs/\([^ ]*\).*|\1|p' _toc.yml))
-pages := $(chapters) $(appendices)
+rooms := $(filter-out $(chapters),$(shell sed -n 's|^ *- file: nbs/\([^ ]*\).*|\1|p' _toc.yml))
+pages := $(chapters) $(rooms)
 parameters := $(pages:%=models/$(RUN)/parameters/%.yml)
 stamps := $(pages:%=models/$(RUN)/stamps/%.done)
 
@@ -48,14 +48,14 @@ export PYTHONNOUSERSITE := 1
 unexport PYTHONPATH PYTHONHOME
 python := $(VENV)/bin/python
 
-# A run is one chain: what has no other order keeps that of `stamps`, the appendices last.
+# A run is one chain: what has no other order keeps that of `stamps`, the rooms last.
 .NOTPARALLEL:
 
 .PHONY: help book chapters site test lint export bench bench-full serve-site lock clean distclean check plan
 
 help:
 	@echo 'make book [PROFILE=$(subst $() ,|,$(profiles))] [DATA=path-or-name] [RUN=name]'
-	@echo '                 run every chapter and appendix, render the site; an interrupted run resumes'
+	@echo '                 run every chapter and room, render the site; an interrupted run resumes'
 	@echo 'make chapters    the same without the site'
 	@echo 'make site        render the committed CIFAR-10 run, or RUN=name, without training'
 	@echo 'make test        lint, lesson cells, pipeline and site'
@@ -79,7 +79,7 @@ check:
 site: $(VENV)/.ready
 	@$(python) tools/build_site.py $(RUN)
 
-# -- chapters and appendices ------------------------------------------------------------------------------------------
+# -- chapters and rooms ------------------------------------------------------------------------------------------------
 
 # Rewrites only the parameter files that change.
 plan: check $(VENV)/.ready
@@ -98,7 +98,7 @@ $(call page,$(1),$(previous))
 previous := models/$(RUN)/stamps/$(1).done
 endef
 $(foreach name,$(chapters),$(eval $(call chapter,$(name))))
-$(foreach name,$(appendices),$(eval $(call page,$(name))))
+$(foreach name,$(rooms),$(eval $(call page,$(name))))
 
 # -- environment and modules ------------------------------------------------------------------------------------------
 
@@ -106,7 +106,7 @@ $(VENV)/.ready: requirements.txt setup.py
 	@tools/make_venv.sh $(VENV)
 
 export: _build/exported
-_build/exported: $(sort $(wildcard nbs/*.ipynb)) $(VENV)/.ready
+_build/exported: $(sort $(wildcard nbs/*.ipynb nbs/*/*.ipynb)) $(VENV)/.ready
 	@mkdir -p _build
 	@$(VENV)/bin/nbdev_export
 	@touch $@

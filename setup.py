@@ -1,7 +1,7 @@
 "Everything this needs to know stands in settings.ini. The lock is requirements.txt, so no dependency is repeated here."
 from configparser import ConfigParser
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 parser = ConfigParser(delimiters=["="])
 parser.read("settings.ini", encoding="utf-8")
@@ -16,7 +16,7 @@ setup(
     license="MIT",
     keywords=settings["keywords"].split(),
     python_requires=f">={settings['min_python']},<3.12",
-    packages=[settings["lib_path"]],
+    packages=find_packages(include=[settings["lib_path"], f"{settings['lib_path']}.*"]),
     entry_points={"console_scripts": [settings["console_scripts"]]},
     zip_safe=False,
 )

@@ -81,7 +81,7 @@ def _save_findings(found, folder: Path) -> None:
     "The pictures of an audit, one file per kind of finding; those of an earlier audit go."
     import matplotlib.pyplot as plt
 
-    from cvdl.audit import plot_drift, show_odd, show_pairs
+    from cvdl.images.audit import plot_drift, show_odd, show_pairs
 
     drawn = {"copies.png": (show_pairs, found.pairs), "conflicts.png": (show_pairs, found.conflicts),
              "blank.png": (show_odd, found.blank), "odd_sizes.png": (show_odd, found.outliers)}
@@ -107,7 +107,8 @@ def audit(
 
     matplotlib.use("agg")
     from cvdl.data import audit as audit_splits
-    from cvdl.data import load, provenance, use_book_style, write_json
+    from cvdl.core import provenance, use_book_style, write_json
+    from cvdl.data import load
 
     use_book_style()
     splits = load(data, image_size=image_size, num_images=num_images, seed=seed, max_left_out=max_left_out)
@@ -131,7 +132,7 @@ def _tell(run) -> None:
 
 def _resume(context: typer.Context, folder: Path, **options) -> None:
     "Go on with an interrupted training; every choice is in its folder."
-    from cvdl.data import DataError
+    from cvdl.core import DataError
 
     given = [name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"]
     if other := sorted(set(given) - {"resume", *options}):
@@ -166,7 +167,8 @@ def train(
     options = {"device": device, "checkpoint_seconds": checkpoint_seconds}
     if resume is not None:
         return _resume(context, resume, learning_rate=learning_rate, **options)
-    from cvdl.data import DataError, load, models_folder
+    from cvdl.core import DataError, models_folder
+    from cvdl.data import load
 
     transferred = model not in (ModelName.baseline, ModelName.fast_cnn)
     if not transferred and (freeze_base or unfreeze_layers is not None):
@@ -190,7 +192,8 @@ def train(
 # %% ../nbs/cli.ipynb #ea58dad5
 def _splits_of(model: Path, data: str | None):
     "The splits a model was trained with, from its run; or those of `data`."
-    from cvdl.data import DataError, Splits, load
+    from cvdl.core import DataError
+    from cvdl.data import Splits, load
 
     folder = (model if model.is_dir() else model.parent).parent / "splits"
     if data is not None:
@@ -215,7 +218,7 @@ def evaluate(
     import matplotlib.pyplot as plt
     import numpy as np
 
-    from cvdl.data import provenance, read_json, use_book_style, write_json
+    from cvdl.core import provenance, read_json, use_book_style, write_json
     from cvdl.evaluation import evaluate as evaluate_predictor
     from cvdl.evaluation import keras_predictor, plot_confusion_matrix
     from cvdl.training import load
@@ -250,7 +253,7 @@ def export(
     output: Annotated[Path | None, typer.Option(help="Folder for the artefact; default models/<run>/export/<model>.")] = None,
 ):
     "Write a model as ONNX, TFLite or SavedModel and prove that it gives the same answers."
-    from cvdl.data import DataError
+    from cvdl.core import DataError
 
     if quantize and format is not ExportFormat.tflite:
         raise DataError(f"--quantize: int8 is written as TFLite; use --format tflite, not {format.value}")
@@ -281,7 +284,7 @@ def predict(
     _start_tensorflow(model)
     import numpy as np
 
-    from cvdl.data import decode_image
+    from cvdl.images.reading import decode_image
     from cvdl.export import describe, load_predictor
 
     about = describe(model)

@@ -23,25 +23,22 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from .audit import Audit, count_classes, plot_drift, show_odd, show_pairs
-from .audit import audit as audit_parts
-from cvdl.house import (
+from cvdl.core import (
     DataError,
     Images,
     atomic,
     hardware,
     home,
-    machine_line as machine_line,
     models_folder,
-    processor as processor,
     provenance,
-    read_json as read_json,
     results_folder,
     show_images,
     use_book_style,
     write_json,
 )
-from cvdl.reading import (
+from .images.audit import Audit, count_classes, plot_drift, show_odd, show_pairs
+from .images.audit import audit as audit_parts
+from cvdl.images.reading import (
     TABLES,
     FilePixels,
     LazyPixels,
@@ -49,7 +46,6 @@ from cvdl.reading import (
     Source,
     content_digests,
     digests_of,
-    decode_image as decode_image,
     fit,
     is_table,
     label_table,
@@ -58,13 +54,16 @@ from cvdl.reading import (
     read_pixels,
     read_table,
 )
-from .shapes import DIFFICULTIES, SHAPE_CLASSES, Spurious, draw_shapes, plant_patches
-from .shapes import box_masks as box_masks
-from .shapes import draw_scenes as draw_scenes
-from .shapes import mask_boxes as mask_boxes
-from .shapes import outlined as outlined
-from .shapes import shape_distance as shape_distance
-from .shapes import show_rows as show_rows
+from cvdl.images.shapes import (
+    DIFFICULTIES,
+    SHAPE_CLASSES,
+    Spurious,
+    draw_scenes,
+    draw_shapes,
+    outlined,
+    plant_patches,
+    show_rows,
+)
 
 # %% ../nbs/00_data.ipynb #d9ff4eea
 def hash_numbers(
@@ -494,7 +493,7 @@ def load(
 # %% ../nbs/00_data.ipynb #66f701eb
 def audit(
     splits: Splits,
-    **options,       # thresholds of `cvdl.audit.audit`
+    **options,       # thresholds of `cvdl.images.audit.audit`
 ) -> Audit:
     "What is wrong with a data set: copies within and across parts, conflicting labels, imbalance, blank images, outliers, drift."
     return audit_parts(splits.parts, splits.classes, **options)

@@ -22,13 +22,18 @@ import tensorflow as tf
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from .baseline import count_macs
-from .data import Images, hardware
-from .mistakes import accuracy_by_group
-from .mistakes import plot_mistakes as plot_mistakes
-from .mistakes import worst_mistakes as worst_mistakes
-from .predictors import Predictor, ask, check_classes, check_images, check_labels, check_probabilities
-from .scores import score_intervals, scores
-from .statistics import wilson_interval
+from .core import Images, hardware
+from .evidence.mistakes import accuracy_by_group, plot_mistakes, worst_mistakes
+from cvdl.evidence.predictors import (
+    Predictor,
+    ask,
+    check_classes,
+    check_images,
+    check_labels,
+    check_probabilities,
+)
+from .evidence.scores import score_intervals, scores
+from .evidence.statistics import wilson_interval
 
 # %% ../nbs/05_evaluation.ipynb #cd24c969
 def keras_predictor(
@@ -96,7 +101,7 @@ class Metrics:
     weighted: dict[str, float]      # precision, recall, f1: mean weighted by support
     per_class: pd.DataFrame         # rows are classes; columns precision, recall, f1, support
     confusion_matrix: np.ndarray    # (C, C) int, rows are true classes, columns predicted ones
-    scores: dict[str, float] = field(default_factory=dict)                     # from `cvdl.scores.scores`
+    scores: dict[str, float] = field(default_factory=dict)                     # from `cvdl.evidence.scores.scores`
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)    # of these, 95 %
 
     def to_dict(self) -> dict:

@@ -23,7 +23,8 @@ import onnxruntime
 import tensorflow as tf
 import tf2onnx
 
-from .evaluation import Predictor, check_images, keras_predictor, usable_threads
+from .evaluation import keras_predictor, usable_threads
+from .evidence.predictors import Predictor, check_images
 from cvdl.optimization import (
     convert_float,
     frozen_function,

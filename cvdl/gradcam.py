@@ -18,11 +18,11 @@ import numpy as np
 import pandas as pd
 import tensorflow as tf
 
-from .data import Images, show_images
-from .evaluation import check_images, keras_predictor
-from .explanation_scores import check_class_indices, check_maps, energy_share
-from .house import grayscale
-from .shapes import show_rows
+from .core import Images, grayscale, show_images
+from .evaluation import keras_predictor
+from .evidence.explanation_scores import check_class_indices, check_maps, energy_share
+from .evidence.predictors import check_images
+from .images.shapes import show_rows
 
 # %% ../nbs/06_gradcam.ipynb #da234524
 _CONVOLUTIONS = (keras.layers.Conv2D, keras.layers.DepthwiseConv2D, keras.layers.SeparableConv2D,

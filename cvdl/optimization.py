@@ -38,12 +38,13 @@ from tensorflow.python.framework.convert_to_constants import convert_variables_t
 from tqdm.auto import tqdm
 
 from .augmentation import Policy
-from .calibration import calibration_report
-from .data import Images
-from .evaluation import Predictor, check_images, evaluate, measure_latency, usable_threads
-from .statistics import non_inferiority
-from .transfer import recalibrate_batch_norm
+from .core import Images
+from .evaluation import evaluate, measure_latency, usable_threads
+from .evidence.calibration import calibration_report
+from .evidence.predictors import Predictor, check_images
+from .evidence.statistics import non_inferiority
 from .training import Recipe, compute_precision, training_stream
+from .transfer import recalibrate_batch_norm
 
 # %% ../nbs/07_optimization.ipynb #2ef0fce0
 @contextmanager

@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from .data import DataError, processor, read_json
+from .core import DataError, processor, read_json
 
 # %% ../nbs/10_report.ipynb #a754052a
 MODULES = ("data", "training", "evaluation", "gradcam", "optimization", "export")

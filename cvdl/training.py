@@ -39,10 +39,17 @@ from tqdm.auto import tqdm
 
 from .augmentation import Policy, augment_batch
 from .baseline import FROM_SCRATCH, whiten
-from .data import DataError, Images, LazyPixels, Splits, atomic, balanced_rows, class_weights, hardware, provenance, read_json, write_json
+from .core import DataError, Images, atomic, hardware, provenance, read_json, write_json
+from .data import Splits, balanced_rows, class_weights
 from .data import load as load_images
-from .fused import FUSED, PLAIN, hand_over
-from .schedules import SCHEDULES, WeightedCrossentropy, optimizer_of, plateau_learning_rate
+from .images.reading import LazyPixels
+from .networks.fused import FUSED, PLAIN, hand_over
+from cvdl.networks.schedules import (
+    SCHEDULES,
+    WeightedCrossentropy,
+    optimizer_of,
+    plateau_learning_rate,
+)
 from cvdl.transfer import (
     BACKBONES,
     WeightReport,
@@ -239,7 +246,7 @@ def build_model(
     devices: Collection[str] = (),    # from `find_devices`; none: those that `auto` finds
     images: np.ndarray | None = None, # (N, H, W, 3) uint8 from train, which give fast-cnn its first layer; None: that is random
 ) -> tuple[keras.Model, WeightReport]:   # the model, and where its weights come from
-    "The untrained model of a recipe, for a processor with the layers of `cvdl.fused`."
+    "The untrained model of a recipe, for a processor with the layers of `cvdl.networks.fused`."
     with dtype_policy(precision):
         if recipe.model in FROM_SCRATCH:
             build = FROM_SCRATCH[recipe.model]

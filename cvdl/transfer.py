@@ -29,7 +29,7 @@ from keras import layers
 from tqdm.auto import tqdm
 
 from .baseline import classification_head
-from .data import DataError, home, write_json
+from .core import DataError, home, write_json
 
 # %% ../nbs/03_transfer.ipynb #07e79137
 def conv_bn(

@@ -90,38 +90,40 @@ def tiny(book) -> Path:
 
 
 def write_chapter(folder: Path, name: str, parameters: str, *code: str, ending: str = "A formula: $x^2$.") -> None:
-    "A chapter or an appendix of a few cells."
-    module = name[3:] if name[:2].isdigit() else name
-    title = module.capitalize()
+    "A chapter or a room of a few cells."
+    module = name[3:] if name[:2].isdigit() else name.replace("/", ".")
+    title = module.rpartition(".")[2].capitalize()
     cells = [new_markdown_cell(f"# {title}\n\n> What {title} promises."), new_code_cell(parameters, metadata={"tags": ["parameters"]}),
              new_code_cell(f"#| default_exp {module}"), *map(new_code_cell, code), new_markdown_cell(f"## Summary\n\n{ending}")]
     notebook = new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}})
     for index, cell in enumerate(notebook.cells):
         cell.id = f"cell-{index}"
-    nbformat.write(notebook, folder / "nbs" / f"{name}.ipynb")
+    path = folder / "nbs" / f"{name}.ipynb"
+    path.parent.mkdir(exist_ok=True)
+    nbformat.write(notebook, path)
 
 
 @pytest.fixture(scope="session")
 def finished_small_book(tmp_path_factory) -> Path:
-    "A book of three chapters and an appendix without TensorFlow, run once."
+    "A book of three chapters and a room without TensorFlow, run once."
     folder = clone(tmp_path_factory.mktemp("small") / "finished")
     (folder / "nbs" / "profiles").mkdir(parents=True)
     (folder / "nbs" / "profiles" / "quick.yml").write_text("parameters: {seed: 1}\nchapters: {02_report: {digits: 3}}\n")
     (folder / "cvdl").mkdir()
     (folder / "cvdl" / "__init__.py").write_text('__version__ = "0"\n')
-    (folder / "_toc.yml").write_text("format: jb-book\nroot: index\nparts:\n" + "".join(
-        f"  - caption: {caption}\n    chapters:\n" + "".join(f"      - file: nbs/{name}\n" for name in names)
-        for caption, names in {"The book": ("00_data", "01_wait", "02_report"), "Appendices": ("notes",)}.items()))
+    (folder / "_toc.yml").write_text(yaml.safe_dump({"format": "jb-book", "root": "index", "parts": [
+        {"caption": "First part", "chapters": [{"file": "nbs/00_data", "sections": [{"file": "nbs/images/notes"}]}, {"file": "nbs/01_wait"}]},
+        {"caption": "Second part", "chapters": [{"file": "nbs/02_report"}]}]}, sort_keys=False))
     write_chapter(folder, "00_data", 'run = "lab"\nseed = 0\ndata = "shapes"', "#| export\nANSWER = 42",
                   "import sys\nfrom tqdm.auto import tqdm\nfor _ in tqdm(range(3), desc='bar'):\n    pass\n"
-                  "print('to stderr', file=sys.stderr)\nprint('to stdout')", ending="More in [appendix *Notes*](notes.ipynb).")
+                  "print('to stderr', file=sys.stderr)\nprint('to stdout')", ending="More in [room *Notes*](images/notes.ipynb).")
     write_chapter(folder, "01_wait", 'run = "lab"\nseconds = 0', "#| slow\nimport time\nfrom pathlib import Path\n"
                   "Path('waiting').touch()\ntime.sleep(seconds)\nfrom cvdl.data import ANSWER\nANSWER")
     write_chapter(folder, "02_report", 'run = "lab"\ndigits = 2\nseed = 0', "#| slow\nimport json\nfrom pathlib import Path\nimport matplotlib.pyplot as plt\n"
                   "figures = Path('results') / run / 'figures'\nfigures.mkdir(exist_ok=True)\nplt.plot([0, seed])\nplt.savefig(figures / 'line.png')\n"
                   "landing = {'headline': f'The seed is **{seed}**.', 'table': '| a |\\n|--:|\\n| 1 |', 'figures': {'line.png': 'A line'}}\n"
                   "(figures.parent / 'report.json').write_text(json.dumps({'landing': landing}))")
-    write_chapter(folder, "notes", 'run = "lab"\nsize = 1', "f'size {size} in {run}'")
+    write_chapter(folder, "images/notes", 'run = "lab"\nsize = 1', "f'size {size} in {run}'")
     make(folder, "chapters")
     return folder
 

@@ -4,11 +4,18 @@ import cv2
 import numpy as np
 import pytest
 
-from cvdl.audit import audit, descriptors, pixel_match, show_odd, similar_pairs, thumbnails
-from cvdl.data import home, load
-from cvdl.house import Images
-from cvdl.reading import LazyPixels
-from cvdl.shapes import SHAPE_CLASSES, draw_shapes
+from cvdl.core import Images, home
+from cvdl.data import load
+from cvdl.images.audit import (
+    audit,
+    descriptors,
+    pixel_match,
+    show_odd,
+    similar_pairs,
+    thumbnails,
+)
+from cvdl.images.reading import LazyPixels
+from cvdl.images.shapes import SHAPE_CLASSES, draw_shapes
 
 PLANTED = 50
 

@@ -11,8 +11,15 @@ import pytest
 import tensorflow as tf
 from scipy.stats import ks_2samp
 
-from cvdl.augmentation import POLICY_LIMITS, SWITCHES, Policy, albumentations_policy, augment_batch, per_image_engine
-from cvdl.shapes import draw_shapes
+from cvdl.augmentation import (
+    POLICY_LIMITS,
+    SWITCHES,
+    Policy,
+    albumentations_policy,
+    augment_batch,
+    per_image_engine,
+)
+from cvdl.images.shapes import draw_shapes
 from cvdl.training import Recipe, labeled_batches, training_stream
 
 NUMBER = 1200  # images in a comparison of distributions

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from sklearn import metrics
 
-from cvdl.calibration import (
+from cvdl.evidence.calibration import (
     area_under_risk,
     calibration_error,
     calibration_report,
@@ -21,8 +21,14 @@ from cvdl.calibration import (
     tempered,
     tempered_predictor,
 )
-from cvdl.predictors import fit_weights, soft_vote, vote
-from cvdl.scores import log_losses, score_intervals, scores, top_k_hits, weighted_scores
+from cvdl.evidence.predictors import fit_weights, soft_vote, vote
+from cvdl.evidence.scores import (
+    log_losses,
+    score_intervals,
+    scores,
+    top_k_hits,
+    weighted_scores,
+)
 
 
 def honest(seed: int, *, n: int = 10_000, classes: int = 10, sharp: float = 2.0) -> tuple[np.ndarray, np.ndarray]:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cvdl.shapes import draw_shapes
+from cvdl.images.shapes import draw_shapes
 
 CVDL = Path(sys.executable).with_name("cvdl")
 
@@ -111,7 +111,7 @@ def test_predict_goes_on_behind_a_bad_file(folder):
 
 def test_audit_finds_what_was_planted(tmp_path):
     "A copy under another label, an image of nothing and a banner, in a folder of plain files; no model and no split is needed."
-    from cvdl.shapes import draw_shapes
+    from cvdl.images.shapes import draw_shapes
 
     images = draw_shapes(60, size=64, seed=0).images
     for part, rows in (("train", range(40)), ("test", range(40, 60))):

@@ -3,9 +3,18 @@
 import numpy as np
 import pytest
 
-from cvdl.corruptions import FAMILIES, STRENGTHS, corrupt, corrupted_hits, mean_robustness, robustness_grid, robustness_table, strength
-from cvdl.house import Images
-from cvdl.shapes import draw_shapes
+from cvdl.core import Images
+from cvdl.evidence.corruptions import (
+    FAMILIES,
+    STRENGTHS,
+    corrupt,
+    corrupted_hits,
+    mean_robustness,
+    robustness_grid,
+    robustness_table,
+    strength,
+)
+from cvdl.images.shapes import draw_shapes
 
 IMAGES = {side: draw_shapes(70 if side < 100 else 12, size=side, seed=5).images for side in (16, 32, 64, 160)}
 WIDE = np.ascontiguousarray(IMAGES[64][:, 10:50])

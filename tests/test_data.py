@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cvdl import house
-from cvdl.data import DataError, load
+from cvdl import core
+from cvdl.core import DataError
+from cvdl.data import load
 
 MODES = {"rgb.jpg": "RGB", "gray.png": "L", "rgba.png": "RGBA", "palette.png": "P", "bits.png": "1", "two.png": "LA", "cmyk.jpg": "CMYK",
          "web.webp": "RGB", "bitmap.bmp": "RGB", "first.gif": "P", "tagged.tiff": "RGB", "with space ü.png": "RGB"}
@@ -140,23 +141,23 @@ def test_the_same_seed_gives_the_same_splits():
 
 def write_entry(folder, content):
     "A folder of two files, as a cache writes it."
-    with house.atomic(folder) as partial:
+    with core.atomic(folder) as partial:
         partial.mkdir()
         (partial / "a").write_text(content)
         (partial / "b").write_text(content)
 
 
 def test_a_folder_that_is_replaced_is_never_met_half(tmp_path, monkeypatch):
-    folder, met, remove = tmp_path / "entry", [], house._remove
+    folder, met, remove = tmp_path / "entry", [], core._remove
     write_entry(folder, "old")
-    monkeypatch.setattr(house, "_remove", lambda path: (remove(path), met.append((folder / "b").read_text())))
+    monkeypatch.setattr(core, "_remove", lambda path: (remove(path), met.append((folder / "b").read_text())))
     write_entry(folder, "new")
     assert set(met) == {"old", "new"} and (folder / "a").read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["entry"], "the old one is gone"
 
 
 def test_a_folder_stays_when_its_successor_cannot_take_its_place(tmp_path, monkeypatch):
-    folder, replace = tmp_path / "entry", house.os.replace
+    folder, replace = tmp_path / "entry", core.os.replace
     write_entry(folder, "old")
 
     def fail(source, target):
@@ -164,7 +165,7 @@ def test_a_folder_stays_when_its_successor_cannot_take_its_place(tmp_path, monke
             raise OSError("no space left on device")
         replace(source, target)
 
-    monkeypatch.setattr(house.os, "replace", fail)
+    monkeypatch.setattr(core.os, "replace", fail)
     with pytest.raises(OSError, match="no space left"):
         write_entry(folder, "new")
     assert (folder / "b").read_text() == "old"

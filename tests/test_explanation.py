@@ -8,7 +8,7 @@ from bench_explanation import small_network
 
 from cvdl.baseline import FROM_SCRATCH, baseline_cnn, fast_cnn, whiten
 from cvdl.evaluation import keras_predictor
-from cvdl.explanation_scores import (
+from cvdl.evidence.explanation_scores import (
     SCORES,
     baseline_maps,
     cascade,
@@ -24,6 +24,7 @@ from cvdl.explanation_scores import (
     score_explanations,
     verdict,
 )
+from cvdl.evidence.shortcuts import find_shortcuts, strongest_windows
 from cvdl.gradcam import (
     METHODS,
     _compiled_cam,
@@ -38,8 +39,7 @@ from cvdl.gradcam import (
     plot_why,
     smooth_grad,
 )
-from cvdl.shapes import SHAPE_CLASSES, Spurious, draw_shapes, plant_patches
-from cvdl.shortcuts import find_shortcuts, strongest_windows
+from cvdl.images.shapes import SHAPE_CLASSES, Spurious, draw_shapes, plant_patches
 from cvdl.transfer import BACKBONES, transfer_model
 
 QUADRANT = np.zeros((32, 32), bool)

@@ -32,7 +32,7 @@ def test_the_package_is_read_as_published(tmp_path, monkeypatch):
     assert round(float(splits.train.images.mean() / 255), 2) == 0.29, "the mean gray that is published with the data"
 
 
-def test_every_experiment(experiments, tmp_path, monkeypatch):   # lessons and appendices know nothing of the data
+def test_every_experiment(experiments, tmp_path, monkeypatch):   # lessons and rooms know nothing of the data
     monkeypatch.setenv("CVDL_HOME", str(tmp_path / "home"))
     make(experiments, f"models/fashion_mnist-brief/stamps/{chapters()[-1]}.done", "PROFILE=brief", "DATA=fashion_mnist")
     results = experiments / "results" / "fashion_mnist-brief"

@@ -10,21 +10,18 @@ import sys
 from pathlib import Path
 
 import pytest
-from common import appendices as listed_appendices
-from common import listed, parameter_names
+from common import import_order, listed, module_name, outline, parameter_names
 from conftest import ROOT
 
-NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
+PAGES = {path: str(path.relative_to(ROOT / "nbs").with_suffix("")) for path in sorted((ROOT / "nbs").rglob("*.ipynb"))
+         if ".ipynb_checkpoints" not in path.parts}
+NOTEBOOKS = list(PAGES)
 CHAPTERS = [path for path in NOTEBOOKS if re.match(r"\d\d_", path.name)]
-APPENDICES = [path for path in NOTEBOOKS if path not in CHAPTERS]
-DATA_FOUNDATIONS = ["house", "shapes", "reading", "audit"]
-EVALUATION_FOUNDATIONS = ["predictors", "statistics", "scores", "calibration", "mistakes", "corruptions"]
-FOUNDATIONS = [*DATA_FOUNDATIONS, *EVALUATION_FOUNDATIONS, "schedules", "fused"]  # the appendices that chapters build on; any chapter may import them
-BEHIND = {"explanation_scores": 5.1, "shortcuts": 5.2}  # appendices that build on chapters, and where they would stand among them
+ROOMS = [path for path in NOTEBOOKS if path not in CHAPTERS]
 BIN = Path(sys.executable).parent
-notebooks = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-chapters = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
-appendices = pytest.mark.parametrize("path", APPENDICES, ids=lambda path: path.stem)
+notebooks = pytest.mark.parametrize("path", NOTEBOOKS, ids=PAGES.get)
+chapters = pytest.mark.parametrize("path", CHAPTERS, ids=PAGES.get)
+rooms = pytest.mark.parametrize("path", ROOMS, ids=PAGES.get)
 
 
 def run(*words, cwd=ROOT, **options):
@@ -81,7 +78,7 @@ def check_shape(path, *, cells_at_most, parameters_at_most, endings):
     assert len(cells) <= cells_at_most
     opening = "".join(cells[0]["source"]) + "\n" + "".join(cells[1]["source"])
     assert re.match(r"# \S.*\n\n> \S", opening), "title and promise come first"
-    names = parameter_names(path.stem)
+    names = parameter_names(PAGES[path])
     assert "run" in names and len(names) <= parameters_at_most
     headings = [line for text in sources(path, "markdown") for line in re.sub(r"```.*?```", "", text, flags=re.DOTALL).splitlines()
                 if re.match(r"#{1,6} ", line)]
@@ -96,8 +93,8 @@ def test_chapter_has_the_shape_of_a_chapter(path):
                 endings=("The experiment", "What we found", "Summary", "Exercises", "References"))
 
 
-@appendices
-def test_appendix_has_the_shape_of_an_appendix(path):
+@rooms
+def test_room_has_the_shape_of_a_room(path):
     check_shape(path, cells_at_most=80, parameters_at_most=4, endings=("Summary",))
 
 
@@ -111,40 +108,33 @@ def test_modules_are_in_sync_with_notebooks(tmp_path):
     for name in ("nbs", "cvdl"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
     shutil.copy(ROOT / "settings.ini", tmp_path)
-    for module in (tmp_path / "cvdl").glob("*.py"):
+    for module in (tmp_path / "cvdl").rglob("*.py"):
         if module.name != "__init__.py":
             module.unlink()
     run(BIN / "nbdev_export", cwd=tmp_path)
-    exported = {module.name: module.read_text() for module in (tmp_path / "cvdl").glob("*.py")}
-    present = {module.name: module.read_text() for module in (ROOT / "cvdl").glob("*.py")}
+    exported, present = ({str(module.relative_to(folder)): module.read_text() for module in folder.rglob("*.py")}
+                         for folder in (tmp_path / "cvdl", ROOT / "cvdl"))
     assert sorted(exported) == sorted(present)
     for name, text in exported.items():
         assert present[name] == text, f"cvdl/{name} is not what nbdev_export makes of its notebook"
 
 
-def imported(module: Path) -> set[str]:
-    "Modules of cvdl that a module imports, wherever it does so."
-    found = set()
-    for node in ast.walk(ast.parse(module.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "cvdl":
+def imported(name: str) -> set[str]:
+    "Modules of cvdl that a module imports, wherever it does so, such as {'core', 'images.decoding'}."
+    found, package = set(), ["cvdl", *name.split(".")[:-1]]
+    for node in ast.walk(ast.parse((ROOT / "cvdl" / f"{name.replace('.', '/')}.py").read_text())):
+        if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cvdl."):
-            found.add(node.module.split(".")[1])
-        elif isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("cvdl.")}
-    return found
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join([*package[: len(package) + 1 - node.level], *filter(None, [node.module])]) if node.level else node.module
+            found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+    return {word.removeprefix("cvdl.") for word in found} & {module_name(page) for page in listed()}
 
 
-@pytest.mark.parametrize("name", [*(path.stem[3:] for path in CHAPTERS), *BEHIND])
-def test_modules_import_only_earlier_chapters(name):
-    number = {chapter.stem[3:]: int(chapter.stem[:2]) for chapter in CHAPTERS} | BEHIND
-    forward = sorted(other for other in imported(ROOT / "cvdl" / f"{name}.py") if other not in FOUNDATIONS and number.get(other, 99) >= number[name])
-    assert not forward, f"{name} imports {', '.join(forward)}"
-
-
-@pytest.mark.parametrize("name", FOUNDATIONS)
-def test_foundations_import_no_chapter(name):
-    assert imported(ROOT / "cvdl" / f"{name}.py") <= set(FOUNDATIONS) - {name}
+@pytest.mark.parametrize("page", import_order())
+def test_module_imports_only_what_stands_before_it(page):
+    earlier = import_order()[: import_order().index(page)]
+    assert imported(module_name(page)) <= {module_name(other) for other in earlier}
 
 
 def test_lesson_cells_pass_alone():
@@ -187,8 +177,8 @@ def test_data_does_not_import_tensorflow():
 
 
 def test_every_notebook_is_in_the_table_of_contents():
-    assert listed() == [path.stem for path in CHAPTERS] + listed_appendices()
-    assert sorted(listed_appendices()) == [path.stem for path in APPENDICES]
+    assert sorted(listed()) == sorted(PAGES.values())
+    assert [name for name in listed() if re.match(r"\d\d_", name)] == [PAGES[path] for path in CHAPTERS], "chapters by their number"
 
 
 @notebooks
@@ -198,6 +188,6 @@ def test_links_between_pages_lead_somewhere(path):
     assert not [link for link in links if not (path.parent / link).exists()]
 
 
-def test_chapter_00_links_to_the_appendices_it_builds_on():
+def test_chapter_00_links_to_its_rooms():
     text = "\n".join(sources(CHAPTERS[0], "markdown"))
-    assert all(f"]({name}.ipynb)" in text for name in DATA_FOUNDATIONS)
+    assert all(f"]({name}.ipynb)" in text for name in dict(outline())["00_data"])

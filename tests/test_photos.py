@@ -8,7 +8,7 @@ import pytest
 from conftest import make
 from PIL import Image
 
-from cvdl.shapes import draw_shapes
+from cvdl.images.shapes import draw_shapes
 
 
 @pytest.mark.parametrize("problem, expected", [

@@ -18,23 +18,23 @@ from jupyter_client import KernelManager
 
 
 def chapters_run(done) -> list[str]:
-    "Chapters and appendices that make started, from its progress lines."
-    return re.findall(r"^\[ *\d+/\d+\] (\w+)", done.stdout, re.MULTILINE)
+    "Chapters and rooms that make started, from its progress lines."
+    return re.findall(r"^\[ *\d+/\d+\] ([\w/]+)", done.stdout, re.MULTILINE)
 
 
 def test_finished_run_is_a_no_op(small_book):
     assert chapters_run(make(small_book, "chapters")) == []
 
 
-def test_edited_appendix_runs_alone(small_book):
-    write_chapter(small_book, "notes", 'run = "lab"\nsize = 1', "'edited'")
-    assert chapters_run(make(small_book, "chapters")) == ["notes"]
+def test_edited_room_runs_alone(small_book):
+    write_chapter(small_book, "images/notes", 'run = "lab"\nsize = 1', "'edited'")
+    assert chapters_run(make(small_book, "chapters")) == ["images/notes"]
     assert chapters_run(make(small_book, "chapters")) == []
 
 
-def test_failing_appendix_is_named(small_book):
-    write_chapter(small_book, "notes", 'run = "lab"\nsize = 1', "raise ValueError('no luck')")
-    assert make(small_book, "chapters", code=2).stderr.startswith("appendix notes, cell 4 (In [4]): ValueError: no luck\n")
+def test_failing_room_is_named(small_book):
+    write_chapter(small_book, "images/notes", 'run = "lab"\nsize = 1', "raise ValueError('no luck')")
+    assert make(small_book, "chapters", code=2).stderr.startswith("room images/notes, cell 4 (In [4]): ValueError: no luck\n")
 
 
 def test_notebook_that_is_not_in_the_table_of_contents_is_scratch_paper(small_book):
@@ -44,7 +44,7 @@ def test_notebook_that_is_not_in_the_table_of_contents_is_scratch_paper(small_bo
 
 def test_table_of_contents_that_cannot_be_used_is_one_sentence(small_book):
     toc = small_book / "_toc.yml"
-    toc.write_text(toc.read_text() + "      - file: nbs/lost\n")
+    toc.write_text(toc.read_text() + "  - file: nbs/lost\n")
     assert make(small_book, "chapters", code=2).stderr.startswith("nbs/lost.ipynb is missing; _toc.yml lists it.\n")
     toc.write_text("format: jb-book\nroot: index\nchapters:\n  - file: nbs/00_data\n")
     assert make(small_book, "chapters", code=2).stderr.startswith("_toc.yml: expected 'parts'")
@@ -59,7 +59,7 @@ def test_edited_notebook_runs_again_from_there_on(small_book):
 
 @pytest.mark.parametrize("profile, expected", [
     ("parameters: {seed: 1}\nchapters: {02_report: {digits: 4}}\n", ["02_report"]),
-    ("parameters: {seed: 1}\nchapters: {02_report: {digits: 3}, notes: {size: 2}}\n", ["notes"]),
+    ("parameters: {seed: 1}\nchapters: {02_report: {digits: 3}, images/notes: {size: 2}}\n", ["images/notes"]),
     ("parameters: {seed: 2}\nchapters: {02_report: {digits: 3}}\n", ["00_data", "01_wait", "02_report"]),
     ("# a comment\nchapters: {02_report: {digits: 3}}\nparameters: {seed: 1}\n", []),
 ])
@@ -72,9 +72,9 @@ def test_data_folder_names_the_run_and_a_new_file_runs_it_again(small_book):
     folder = small_book / "My photos!.d"
     folder.mkdir()
     done = make(small_book, "-j4", "chapters", f"DATA={folder}")
-    assert chapters_run(done) == ["00_data", "01_wait", "02_report", "notes"], "appendices are last, also where make runs jobs in parallel"
-    assert re.search(r"^\[ 4/4\] notes +\d+\.\d s$", done.stdout, re.MULTILINE)
-    notes = nbformat.read(small_book / "results" / "My-photos-.d-quick" / "nbs" / "notes.ipynb", as_version=4)
+    assert chapters_run(done) == ["00_data", "01_wait", "02_report", "images/notes"], "rooms are last, also where make runs jobs in parallel"
+    assert re.search(r"^\[ 4/4\] images/notes +\d+\.\d s$", done.stdout, re.MULTILINE)
+    notes = nbformat.read(small_book / "results" / "My-photos-.d-quick" / "nbs" / "images" / "notes.ipynb", as_version=4)
     assert "'size 1 in My-photos-.d-quick'" in [output.data["text/plain"] for cell in notes.cells for output in cell.get("outputs", [])]
     parameters = small_book / "models" / "My-photos-.d-quick" / "parameters" / "00_data.yml"
     assert yaml.safe_load(parameters.read_text())["data"] == str(folder)
@@ -171,7 +171,7 @@ def test_edit_made_while_the_chapter_runs_is_not_lost(small_book):
     (["RUN="], None, "RUN is empty"),
     ([], "parameters: {sede: 1}", "no chapter has a parameter 'sede', expected one of: data, digits, run, seconds, seed, size."),
     ([], "chapters: {02_report: {seconds: 1}}", "chapter 02_report has no parameter 'seconds', expected one of: run, digits, seed."),
-    ([], "chapters: {02_repotr: {digits: 1}}", "no chapter is called '02_repotr', expected one of: 00_data, 01_wait, 02_report, notes."),
+    ([], "chapters: {02_repotr: {digits: 1}}", "no chapter is called '02_repotr', expected one of: 00_data, 01_wait, 02_report, images/notes."),
     ([], "parameter: {seed: 1}", "unknown entry 'parameter', expected description, parameters, chapters."),
     ([], "parameters: {seed: 1", "quick.yml is not valid YAML"),
     ([], "parameters: 3", "parameters: expected 'name: value' lines, got 3."),
@@ -203,22 +203,22 @@ def test_site_of_the_small_book(small_book):
     page = (small_book / "_build" / "html" / "nbs" / "00_data.html").read_text()
     assert "default_exp" not in page and "#|" not in page and "to stdout" in page
     html = BeautifulSoup(page, "html.parser")
-    assert "A · Notes" in [link.get_text(strip=True) for link in html.select(".bd-docs-nav a[href='notes.html']")]
-    assert [link.get_text() for link in html.select("article section a[href='notes.html']")] == ["appendix Notes"]
-    assert 'href="nbs/notes.html"' in landing and "What Notes promises" in landing
+    assert "00.1 · Notes" in [link.get_text(strip=True) for link in html.select(".bd-docs-nav a[href='images/notes.html']")]
+    assert [link.get_text() for link in html.select("article section a[href='images/notes.html']")] == ["room Notes"]
+    assert 'href="nbs/images/notes.html"' in landing and "What Notes promises" in landing
     assert make(small_book, "book").stdout == "Nothing to do: the run quick is finished, its site is _build/html/index.html\n"
     assert "results/cifar10/nbs/00_data.ipynb is missing" in make(small_book, "site", code=2).stderr
 
 
-def test_site_without_an_appendix_renders_and_without_a_chapter_does_not(small_book):
+def test_site_without_a_room_renders_and_without_a_chapter_does_not(small_book):
     done = small_book / "results" / "quick" / "nbs"
-    (done / "notes.ipynb").unlink()
+    (done / "images" / "notes.ipynb").unlink()
     said = make(small_book, "site", "RUN=quick").stdout.splitlines()
-    assert said[0] == "The run quick has not executed notes: the site goes without." and len(said) == 3
+    assert said[0] == "The run quick has not executed images/notes: the site goes without." and len(said) == 3
     html = small_book / "_build" / "html"
-    assert not (html / "nbs" / "notes.html").exists() and "Appendices" not in (html / "index.html").read_text()
+    assert not (html / "nbs" / "images" / "notes.html").exists() and "Notes" not in (html / "index.html").read_text()
     page = (html / "nbs" / "00_data.html").read_text()
-    assert "More in appendix <em>Notes</em>." in page and "notes." not in page
+    assert "More in room <em>Notes</em>." in page and "notes." not in page
     (done / "01_wait.ipynb").unlink()
     assert make(small_book, "site", "RUN=quick", code=2).stderr.startswith("results/quick/nbs/01_wait.ipynb is missing: run the book first")
 

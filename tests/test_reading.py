@@ -14,11 +14,12 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from cvdl import reading
-from cvdl.data import DataError, Splits, load
-from cvdl.mistakes import column_groups, image_properties
-from cvdl.reading import FilePixels, LazyPixels, decode_image
-from cvdl.shapes import draw_shapes
+from cvdl.core import DataError
+from cvdl.data import Splits, load
+from cvdl.evidence.mistakes import column_groups, image_properties
+from cvdl.images import reading
+from cvdl.images.reading import FilePixels, LazyPixels, decode_image
+from cvdl.images.shapes import draw_shapes
 
 pytestmark = pytest.mark.filterwarnings("error")
 FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]

@@ -6,8 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cvdl.data import DataError, Splits, audit, load
-from cvdl.shapes import (
+from cvdl.core import DataError
+from cvdl.data import Splits, audit, load
+from cvdl.images.shapes import (
     DIFFICULTIES,
     SHAPE_CLASSES,
     Spurious,
@@ -198,8 +199,8 @@ def test_scenes_overlap_and_count_evenly_and_continue():
 
 def test_a_scene_without_room_has_fewer_objects(monkeypatch):
     "Where every object must stay whole, few find a place; labels follow."
-    monkeypatch.setattr("cvdl.shapes._VISIBLE", 1.0)
-    monkeypatch.setattr("cvdl.shapes._TRIES", 1)
+    monkeypatch.setattr("cvdl.images.shapes._VISIBLE", 1.0)
+    monkeypatch.setattr("cvdl.images.shapes._TRIES", 1)
     scenes = draw_scenes(300, size=32, seed=8, max_objects=9, difficulty="hard")
     present = scenes.objects >= 0
     assert (scenes.visible[present] == 1).all() and present.sum() < 0.9 * 300 * 5

@@ -4,7 +4,7 @@ import nbformat
 import pytest
 from bs4 import BeautifulSoup
 from build_site import LONG, fold_title, stage_cell, stage_links, stage_table
-from common import appendices, listed
+from common import listed, rooms
 from conftest import ROOT
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_output
 
@@ -50,7 +50,7 @@ def test_table_with_a_style_of_its_own_keeps_it():
     assert stage_table(html).replace("&gt;", ">") == html
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "results" / "cifar10" / "nbs").glob("*.ipynb")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "results" / "cifar10" / "nbs").rglob("*.ipynb")), ids=lambda path: path.stem)
 def test_cells_of_published_tables_are_short(path):
     "A sentence or a list in a table pushes its other columns off the page."
     tables = [output.data["text/html"] for cell in nbformat.read(path, as_version=4).cells
@@ -65,9 +65,9 @@ def test_printed_columns_are_marked(text, columns):
 
 
 def test_links_to_pages_that_are_left_out_become_text():
-    text = "See [appendix *Shapes*](shapes.ipynb), [chapter 05](05_evaluation.ipynb) and [`cvdl.audit`](audit.ipynb)."
+    text = "See [room *Shapes*](images/shapes.ipynb), [chapter 05](05_evaluation.ipynb) and [`cvdl.images.audit`](images/audit.ipynb)."
     assert stage_links(text, listed()) == text
-    without = [name for name in listed() if name != "shapes"]
+    without = [name for name in listed() if name != "images/shapes"]
     cell = stage_cell(new_markdown_cell(text), "lab", without)
-    assert cell.source == "See appendix *Shapes*, [chapter 05](05_evaluation.ipynb) and [`cvdl.audit`](audit.ipynb)."
-    assert "](" not in stage_links("[`x`](audit.ipynb)", [name for name in listed() if name not in appendices()])
+    assert cell.source == "See room *Shapes*, [chapter 05](05_evaluation.ipynb) and [`cvdl.images.audit`](images/audit.ipynb)."
+    assert "](" not in stage_links("[`x`](audit.ipynb)", [name for name in listed() if name not in rooms()])

@@ -11,7 +11,17 @@ from statsmodels.stats.contingency_tables import mcnemar as their_mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
-from cvdl.statistics import bootstrap_interval, compare_paired, holm, mcnemar, non_inferiority, resample_weights, score_of_rows, tied_with_best, wilson_interval
+from cvdl.evidence.statistics import (
+    bootstrap_interval,
+    compare_paired,
+    holm,
+    mcnemar,
+    non_inferiority,
+    resample_weights,
+    score_of_rows,
+    tied_with_best,
+    wilson_interval,
+)
 
 
 def two_models(seed: int, *, n: int = 10_000, lost: int = 0, won: int = 0) -> tuple[np.ndarray, np.ndarray]:

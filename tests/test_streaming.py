@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from cvdl.augmentation import Policy
-from cvdl.data import Images, LazyPixels
-from cvdl.shapes import draw_shapes
+from cvdl.core import Images
+from cvdl.images.reading import LazyPixels
+from cvdl.images.shapes import draw_shapes
 from cvdl.training import Recipe, labeled_batches, training_stream
 
 

@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 from bs4 import BeautifulSoup
 from build_site import number
-from common import RESULTS, appendices, chapters, listed
+from common import RESULTS, chapters, listed, parts, rooms
 from conftest import environment, make
 from execution import LARGEST
 
-CHAPTERS, APPENDICES = chapters(), appendices()
+CHAPTERS, ROOMS = chapters(), rooms()
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 RUNS = ["tiny", *(["cifar10"] if (RESULTS / "cifar10" / "report.json").exists() else [])]
 
@@ -50,9 +50,9 @@ def test_run_leaves_what_the_book_promises(results):
 
 @every_run
 def test_executed_notebooks_are_whole_small_and_tidy(results):
-    present = {path.stem for path in (results / "nbs").glob("*.ipynb")}
+    present = {str(path.relative_to(results / "nbs").with_suffix("")) for path in (results / "nbs").rglob("*.ipynb")}
     assert set(CHAPTERS) <= present <= set(listed())
-    assert results.name == "cifar10" or present == set(listed()), "the committed run may be older than an appendix"
+    assert results.name == "cifar10" or present == set(listed()), "the committed run may be older than a room"
     for name in sorted(present):
         path = results / "nbs" / f"{name}.ipynb"
         text, notebook = path.read_text(), nbformat.read(path, as_version=4)
@@ -217,26 +217,27 @@ def test_search_finds_a_word(browse):
     assert any("07" in text for text in tab.locator("#search-results li a").all_text_contents())
 
 
-@pytest.mark.parametrize("name", APPENDICES)
-def test_search_finds_an_appendix_by_its_title(browse, tiny, name):
+@pytest.mark.parametrize("name", [room for room in ROOMS if number(room)])
+def test_search_finds_a_room_by_its_title(browse, tiny, name):
     title = BeautifulSoup(pages(tiny)[name].read_text(), "html.parser").select_one("article h1").find(string=True)
     assert title.startswith(f"{number(name)} · ")
-    tab = browse(f"search.html?q={quote(title[4:])}")
+    tab = browse(f"search.html?q={quote(title.partition(' · ')[2])}")
     tab.wait_for_selector(f"#search-results li a[href*='{name}.html']", timeout=20_000)
 
 
-def test_appendices_follow_the_chapters_everywhere(tiny):
+def test_rooms_follow_their_chapters_everywhere(tiny):
     "On the landing page, in the sidebar, and linked from chapter 00."
     for page in ("index.html", "nbs/00_data.html"):
         html = BeautifulSoup((tiny / "_build" / "html" / page).read_text(), "html.parser")
         captions = [caption.get_text(strip=True) for caption in html.select("nav.bd-links p.caption, .bd-links__title, .bd-docs-nav p.caption")]
-        assert [caption for caption in captions if caption in ("The book", "Appendices")] == ["The book", "Appendices"]
-        listed_here = [link["href"].rsplit("/", 1)[-1] for link in html.select(".bd-docs-nav a.internal[href$='.html']")]
-        assert [name for name in listed_here if name[:-5] in listed()] == [f"{name}.html" for name in listed() if page != f"nbs/{name}.html"]
+        assert [caption for caption in captions if caption in parts()] == list(parts())
+        base = "" if page == "index.html" else "nbs/"
+        listed_here = [base + link["href"] for link in html.select(".bd-docs-nav a.internal[href$='.html']")]
+        assert [name for name in listed_here if name[4:-5] in listed()] == [f"nbs/{name}.html" for name in listed() if page != f"nbs/{name}.html"]
     landing = BeautifulSoup((tiny / "_build" / "html" / "index.html").read_text(), "html.parser")
     assert [link["href"] for link in landing.select("article li a[href^='nbs/']")] == [f"nbs/{name}.html" for name in listed()]
     first = BeautifulSoup(pages(tiny)[CHAPTERS[0]].read_text(), "html.parser")
-    assert {"house.html", "shapes.html", "reading.html", "audit.html"} <= {link["href"] for link in first.select("article section a[href]")}
+    assert {f"{room}.html" for room in parts()["I · Images"]["00_data"]} <= {link["href"] for link in first.select("article section a[href]")}
 
 
 def test_command_line_page_shows_the_help_of_every_command(tiny):
@@ -253,7 +254,7 @@ def test_next_leads_through_the_book_and_back(browse):
     for _ in listed():
         tab.click("a.right-next")
         tab.wait_for_load_state()
-        seen.append(tab.url.rsplit("/", 1)[1].removesuffix(".html"))
+        seen.append(tab.url.rsplit("/nbs/", 1)[1].removesuffix(".html"))
     assert seen == listed()
     assert tab.locator("a.right-next").count() == 0
     tab.click("a.left-prev")

@@ -25,7 +25,8 @@ from conftest import ROOT
 from cvdl import training
 from cvdl.augmentation import Policy
 from cvdl.baseline import FROM_SCRATCH
-from cvdl.data import DataError, load
+from cvdl.core import DataError
+from cvdl.data import load
 from cvdl.training import Recipe, Run, resume, train
 from cvdl.transfer import BACKBONES, backbone_layers, extract_features, transfer_model
 
@@ -446,7 +447,7 @@ sys.meta_path[:] = [WithoutTensorFlow if finder is importlib.machinery.PathFinde
 import keras
 import numpy as np
 from cvdl.baseline import baseline_cnn, fast_cnn, whiten
-from cvdl.schedules import LayerwiseAdam, Muon, WarmupCosine, WarmupLinear, WeightedCrossentropy
+from cvdl.networks.schedules import LayerwiseAdam, Muon, WarmupCosine, WarmupLinear, WeightedCrossentropy
 from cvdl.transfer import layer_factors, transfer_model
 
 keras.utils.set_random_seed(0)

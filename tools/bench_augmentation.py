@@ -19,7 +19,7 @@ import tensorflow as tf
 from common import main
 
 from cvdl.augmentation import Policy, augment_batch, per_image_engine
-from cvdl.shapes import draw_shapes
+from cvdl.images.shapes import draw_shapes
 from cvdl.training import Recipe, build_model, compute_precision, training_stream
 
 CLASSES = 10

@@ -19,10 +19,10 @@ import pandas as pd
 from common import Problem, main
 from PIL import Image
 
+from cvdl.core import home
 from cvdl.data import load
-from cvdl.house import home
-from cvdl.reading import decode_image
-from cvdl.shapes import SHAPE_CLASSES, draw_shapes
+from cvdl.images.reading import decode_image
+from cvdl.images.shapes import SHAPE_CLASSES, draw_shapes
 
 SIZES = 20_000, 200_000  # images of the two folders whose trainings are compared
 
@@ -139,7 +139,13 @@ def train_from_disk(
     import keras
 
     from cvdl.augmentation import Policy
-    from cvdl.training import Recipe, build_model, compile_model, labeled_batches, training_stream
+    from cvdl.training import (
+        Recipe,
+        build_model,
+        compile_model,
+        labeled_batches,
+        training_stream,
+    )
 
     keras.utils.set_random_seed(0)
     recipe, memory = Recipe(filters=(8, 16), batch_size=64, precision="float32"), {"imported": resident()}

@@ -19,9 +19,9 @@ from common import Problem, main
 
 from cvdl.baseline import FROM_SCRATCH, baseline_cnn
 from cvdl.evaluation import keras_predictor, usable_threads
+from cvdl.evidence.shortcuts import find_shortcuts
 from cvdl.gradcam import METHODS, gradcam
-from cvdl.shapes import SHAPE_CLASSES, Spurious, draw_shapes, plant_patches
-from cvdl.shortcuts import find_shortcuts
+from cvdl.images.shapes import SHAPE_CLASSES, Spurious, draw_shapes, plant_patches
 
 CLASSES = 10
 

@@ -30,11 +30,22 @@ from bench_augmentation import interleaved, ratios
 from common import MODELS, RESULTS, Problem, main
 from plan import read_profile
 
-from cvdl.data import Images, Splits, fingerprint, load, provenance, read_json, write_json
-from cvdl.evaluation import augmented_predictor, keras_predictor, wilson_interval
-from cvdl.fused import PLAIN, FusedActivation
-from cvdl.shapes import draw_shapes
-from cvdl.training import Recipe, build_model, compile_model, compute_precision, float32_twin, starting_recipe, training_stream, with_input
+from cvdl.core import Images, provenance, read_json, write_json
+from cvdl.data import Splits, fingerprint, load
+from cvdl.evaluation import augmented_predictor, keras_predictor
+from cvdl.evidence.statistics import wilson_interval
+from cvdl.images.shapes import draw_shapes
+from cvdl.networks.fused import PLAIN, FusedActivation
+from cvdl.training import (
+    Recipe,
+    build_model,
+    compile_model,
+    compute_precision,
+    float32_twin,
+    starting_recipe,
+    training_stream,
+    with_input,
+)
 from cvdl.training import train as train_in_folder
 from cvdl.transfer import BACKBONES, unfreeze_top
 

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import string
 import subprocess
 import sys
 import time
@@ -20,7 +19,7 @@ from pathlib import Path
 import nbformat
 import yaml
 from bs4 import BeautifulSoup
-from common import RESULTS, ROOT, Problem, appendices, duration, is_chapter, listed, main, parameter_names
+from common import RESULTS, ROOT, Problem, duration, is_chapter, listed, main, outline, parameter_names, parts, rooms
 from nbformat import NotebookNode
 
 BUILD = ROOT / "_build"
@@ -33,16 +32,19 @@ NAMED = 4  # definitions that the title of folded code names
 
 
 def number(
-    name: str,  # of a chapter or an appendix
-) -> str:       # "00", or "A"
-    "What stands before its title; a missing appendix leaves the letters of the others alone."
-    return name[:2] if is_chapter(name) else string.ascii_uppercase[appendices().index(name)]
+    name: str,  # of a chapter or a room
+) -> str:       # "00", or "00.1"; empty for a page that stands under no chapter
+    "What stands before its title; a missing room leaves the numbers of the others alone."
+    for chapter, below in outline():
+        if name in below:
+            return f"{chapter[:2]}.{below.index(name) + 1}"
+    return name[:2] if is_chapter(name) else ""
 
 
 def executed(
     run: str,
-) -> list[str]:  # chapters and appendices, in order
-    "The pages that the run can show: every chapter, and the appendices that it has."
+) -> list[str]:  # chapters and rooms, in order
+    "The pages that the run can show: every chapter, and the rooms that it has."
     found = []
     for name in listed():
         path = RESULTS / run / "nbs" / f"{name}.ipynb"
@@ -61,8 +63,12 @@ def table_of_contents(
 ) -> str:                    # YAML
     "_toc.yml with these pages only."
     toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
+    present = {f"nbs/{name}" for name in names}
     for part in toc["parts"]:
-        part["chapters"] = [entry for entry in part["chapters"] if Path(entry["file"]).name in names]
+        part["chapters"] = [entry for entry in part["chapters"] if entry["file"] in present]
+        for entry in part["chapters"]:
+            if rooms := [room for room in entry.pop("sections", []) if room["file"] in present]:
+                entry["sections"] = rooms
     return yaml.safe_dump(toc | {"parts": [part for part in toc["parts"] if part["chapters"]]}, sort_keys=False)
 
 
@@ -70,9 +76,9 @@ def stage_links(
     text: str,               # Markdown
     names: Collection[str],  # the pages of this site
 ) -> str:
-    "A link to an appendix that is left out becomes its text."
-    gone = "|".join(name for name in appendices() if name not in names)
-    return re.sub(rf"\[([^]]*)\]\((?:{gone})\.ipynb\)", r"\1", text) if gone else text
+    "A link to a room that is left out becomes its text."
+    gone = "|".join(Path(name).name for name in rooms() if name not in names)
+    return re.sub(rf"\[([^]]*)\]\((?:[\w./]*/)?(?:{gone})\.ipynb\)", r"\1", text) if gone else text
 
 
 def fold_title(
@@ -154,15 +160,18 @@ def stage(
     "Write everything the site is made of to _build/source."
     names = executed(run)
     shutil.rmtree(SOURCE, ignore_errors=True)
-    (SOURCE / "nbs").mkdir(parents=True)
+    SOURCE.mkdir(parents=True)
     for name in names:
         notebook = nbformat.read(RESULTS / run / "nbs" / f"{name}.ipynb", as_version=4)
         cells = notebook.cells
         if not is_chapter(name) and parameter_names(name) == ["run"]:  # tells a reader nothing
             cells = [cell for cell in cells if not {"parameters", "injected-parameters"} & set(cell.metadata.get("tags", []))]
         notebook.cells = [cell for cell in (stage_cell(cell, run, names) for cell in cells) if cell]
-        notebook.cells[0].source = re.sub(r"^# ", f"# {number(name)} · ", notebook.cells[0].source, count=1)
-        nbformat.write(notebook, SOURCE / "nbs" / f"{name}.ipynb")
+        if mark := number(name):
+            notebook.cells[0].source = re.sub(r"^# ", f"# {mark} · ", notebook.cells[0].source, count=1)
+        page = SOURCE / "nbs" / f"{name}.ipynb"
+        page.parent.mkdir(parents=True, exist_ok=True)
+        nbformat.write(notebook, page)
     (SOURCE / "_toc.yml").write_text(table_of_contents(names), encoding="utf-8")
     shutil.copy(ROOT / "_config.yml", SOURCE / "_config.yml")
     shutil.copytree(ROOT / "tools" / "_static", SOURCE / "_static")
@@ -171,7 +180,7 @@ def stage(
 
 
 def promises(
-    names: Iterable[str],  # chapters, appendices
+    names: Iterable[str],  # chapters, rooms
 ) -> list[tuple[str, str, str]]:  # (name, title, promise)
     "Title and promise of each page, taken from its first cells."
     found = []
@@ -188,7 +197,7 @@ def promises(
 
 def landing(
     run: str,
-    names: list[str],  # chapters, appendices
+    names: list[str],  # chapters, rooms
 ) -> None:
     "Write index.md; its numbers come from the run's JSON."
     path = RESULTS / run / "report.json"
@@ -199,9 +208,10 @@ def landing(
              page["headline"], "", page["table"], ""]
     for name, text in page["figures"].items():
         lines += [f"![{text}](figures/{name})", "", f"*{text}*", ""]
-    for heading, kind in (("Chapters", True), ("Appendices", False)):
-        here = [f"- [{title}](nbs/{name}.ipynb): {promise}" for name, title, promise in promises(names) if is_chapter(name) == kind]
-        lines += [f"## {heading}", "", *here, ""] if here else []
+    entries = {name: f"- [{title}](nbs/{name}.ipynb): {promise}" for name, title, promise in promises(names)}
+    for caption, chapters in parts().items():
+        here = [line for chapter, rooms in chapters.items() for line in (entries.get(chapter), *(f"  {entries[room]}" for room in rooms if room in entries))]
+        lines += [f"## {caption}", "", *filter(None, here), ""] if any(here) else []
     (SOURCE / "index.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

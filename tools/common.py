@@ -42,35 +42,62 @@ def chapters() -> list[str]:  # such as ["00_data", "01_augmentation"]
     return sorted(path.stem for path in NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
 
 
-def listed() -> list[str]:  # such as ["00_data", "01_augmentation", "house"]
-    "The pages that _toc.yml lists, part by part."
+def parts() -> dict[str, dict[str, list[str]]]:  # such as {"I · Images": {"00_data": ["core", "images/decoding"]}}
+    "The pages of _toc.yml in the order of reading: by part, each chapter with the rooms that it stands on."
     toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
     if "parts" not in toc:
-        raise Problem("_toc.yml: expected 'parts', each with a 'caption' and 'chapters', the last of them the appendices.")
-    return [Path(entry["file"]).name for part in toc["parts"] for entry in part["chapters"]]
+        raise Problem("_toc.yml: expected 'parts', each with a 'caption' and 'chapters'; a chapter's rooms are its 'sections'.")
+
+    def page(entry):
+        return entry["file"].removeprefix("nbs/")
+
+    return {part["caption"]: {page(entry): [page(room) for room in entry.get("sections", [])] for entry in part["chapters"]}
+            for part in toc["parts"]}
 
 
-def appendices() -> list[str]:  # such as ["house", "shapes"]
-    "The notebooks without a number, in the order of _toc.yml; one that is not listed there is somebody's scratch paper."
+def outline() -> list[tuple[str, list[str]]]:  # such as [("00_data", ["core", "images/decoding"])]
+    "The chapters of all parts, each with its rooms."
+    return [entry for chapters in parts().values() for entry in chapters.items()]
+
+
+def listed() -> list[str]:  # such as ["00_data", "core", "images/decoding"]
+    "The pages that _toc.yml lists, each chapter before its rooms."
+    return [name for chapter, rooms in outline() for name in (chapter, *rooms)]
+
+
+def import_order() -> list[str]:  # such as ["core", "images/decoding", "00_data"]
+    "The pages in the order in which their modules may import each other: the rooms of a chapter, then the chapter."
+    return [name for chapter, rooms in outline() for name in (*rooms, chapter)]
+
+
+def module_name(
+    page: str,  # such as "00_data" or "images/decoding"
+) -> str:       # such as "data" or "images.decoding"
+    "The module that a page exports, below `cvdl`."
+    return re.sub(r"^\d\d_", "", page).replace("/", ".")
+
+
+def rooms() -> list[str]:  # such as ["core", "images/decoding"]
+    "The pages without a number, in the order of _toc.yml; one that is not listed there is somebody's scratch paper."
     return [name for name in listed() if not is_chapter(name)]
 
 
 def is_chapter(
     name: str,
 ) -> bool:
-    "Whether the page is a chapter, not an appendix."
+    "Whether the page is a chapter, not a room."
     return bool(re.match(r"\d\d_", name))
 
 
 def titled(
     name: str,
-) -> str:  # "chapter 00_data" or "appendix shapes"
+) -> str:  # "chapter 00_data" or "room images/shapes"
     "What to call it in a message."
-    return f"{'chapter' if is_chapter(name) else 'appendix'} {name}"
+    return f"{'chapter' if is_chapter(name) else 'room'} {name}"
 
 
 def parameter_names(
-    chapter: str,  # such as "00_data"; or an appendix
+    chapter: str,  # such as "00_data"; or a room
 ) -> list[str]:
     "The names that the chapter's `parameters` cell assigns."
     path = NOTEBOOKS / f"{chapter}.ipynb"

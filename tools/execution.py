@@ -1,4 +1,4 @@
-"Execution of one chapter or appendix with papermill; `run_chapter.py` is the door to it."
+"Execution of one chapter or room with papermill; `run_chapter.py` is the door to it."
 
 import fcntl
 import os
@@ -12,7 +12,7 @@ from typing import TextIO
 import nbformat
 import papermill
 import yaml
-from common import MODELS, NOTEBOOKS, RESULTS, ROOT, Problem, appendices, chapters, duration, parameter_names, titled
+from common import MODELS, NOTEBOOKS, RESULTS, ROOT, Problem, chapters, duration, parameter_names, rooms, titled
 from jupyter_client import AsyncKernelManager
 from nbclient.exceptions import DeadKernelError
 from papermill.clientwrap import PapermillNotebookClient
@@ -118,8 +118,9 @@ def execute(
 ) -> None:
     "Run the notebook from the root of the repository in a kernel of this Python."
     os.environ.update(environment(models / ".ipython"))
-    (models / "logs").mkdir(exist_ok=True)
-    with open(models / "logs" / f"{chapter}.log", "w", encoding="utf-8") as log:
+    written = models / "logs" / f"{chapter}.log"
+    written.parent.mkdir(parents=True, exist_ok=True)
+    with open(written, "w", encoding="utf-8") as log:
         papermill_engines.register("cvdl", engine(line, log))
         papermill.execute_notebook(str(NOTEBOOKS / f"{chapter}.ipynb"), str(output), parameters, engine_name="cvdl",
                                    kernel_name="python3", progress_bar=False, cwd=str(ROOT))
@@ -144,7 +145,7 @@ def explain(
 
 
 def run_chapter(
-    chapter: str,  # such as "00_data"; or an appendix, such as "shapes"
+    chapter: str,  # such as "00_data"; or a room, such as "images/shapes"
     run: str,      # names the folders in models/ and results/
 ) -> None:
     "Execute a chapter with its planned parameters, keep the notebook, and leave a stamp."
@@ -153,12 +154,12 @@ def run_chapter(
     unknown = sorted(set(parameters) - set(parameter_names(chapter)))
     if unknown:
         raise Problem(f"{titled(chapter)} has no parameter {unknown[0]!r}, expected one of: {', '.join(parameter_names(chapter))}.")
-    folder = RESULTS / run / "nbs"
-    folder.mkdir(parents=True, exist_ok=True)
-    partial, failed, final = (folder / name for name in (f".{chapter}.partial.ipynb", f"{chapter}.failed.ipynb", f"{chapter}.ipynb"))
+    final = RESULTS / run / "nbs" / f"{chapter}.ipynb"
+    final.parent.mkdir(parents=True, exist_ok=True)
+    partial, failed = (final.with_name(name) for name in (f".{final.stem}.partial.ipynb", f"{final.stem}.failed.ipynb"))
     held = lock(run)
-    names = chapters() + appendices()
-    line = Line(f"[{names.index(chapter) + 1:2}/{len(names)}] {chapter:<16}")
+    names = chapters() + rooms()
+    line = Line(f"[{names.index(chapter) + 1:2}/{len(names)}] {chapter:<27}")
     try:
         execute(chapter, partial, parameters, models=MODELS / run, line=line)
     except Exception as error:
@@ -173,7 +174,7 @@ def run_chapter(
     size = final.stat().st_size
     line.end(f"{duration(time.time() - started):>8}" + (f"  ({size / 1000:.0f} kB, more than {LARGEST / 1000:.0f})" if size > LARGEST else ""))
     stamp = MODELS / run / "stamps" / f"{chapter}.done"
-    stamp.parent.mkdir(exist_ok=True)
+    stamp.parent.mkdir(parents=True, exist_ok=True)
     stamp.touch()
     os.utime(stamp, (started, started))  # an edit made while the chapter ran is newer than its stamp
     held.close()

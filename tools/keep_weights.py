@@ -6,8 +6,11 @@ where recipe and images are the same. Every version stays in the history of the 
 
 from common import MODELS, RESULTS, Problem, main
 
-from cvdl.data import DataError, Images, Splits
-from cvdl.evaluation import Predictor, augmented_predictor, keras_predictor, wilson_interval
+from cvdl.core import DataError, Images
+from cvdl.data import Splits
+from cvdl.evaluation import augmented_predictor, keras_predictor
+from cvdl.evidence.predictors import Predictor
+from cvdl.evidence.statistics import wilson_interval
 from cvdl.training import Run, load, save_weights
 
 

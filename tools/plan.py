@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
-from common import MODELS, PROFILES, Problem, appendices, chapters, main, parameter_names, titled, write_if_changed
+from common import MODELS, PROFILES, Problem, chapters, main, parameter_names, rooms, titled, write_if_changed
 
 
 def read_profile(
@@ -33,7 +33,7 @@ def read_profile(
 
 def plan(
     profile: Mapping,                # parameters, chapters
-    known: Mapping[str, list[str]],  # chapter or appendix -> names in its parameters cell
+    known: Mapping[str, list[str]],  # chapter or room -> names in its parameters cell
     *,
     overrides: Mapping,              # from the command line, for every chapter that knows them
     name: str,                       # of the profile, for messages
@@ -72,12 +72,12 @@ def state(
 
 
 def write_plan() -> None:
-    "Read PROFILE, DATA and RUN from the environment and write the parameters of every chapter and appendix."
+    "Read PROFILE, DATA and RUN from the environment and write the parameters of every chapter and room."
     name, data, run = os.environ["PROFILE"], os.environ.get("DATA", ""), os.environ["RUN"]
     overrides = {"run": run}
     if data:
         overrides["data"] = str(Path(data).expanduser())
-    planned = plan(read_profile(name), {chapter: parameter_names(chapter) for chapter in chapters() + appendices()},
+    planned = plan(read_profile(name), {chapter: parameter_names(chapter) for chapter in chapters() + rooms()},
                    overrides=overrides, name=name)
     for chapter, values in planned.items():
         text = yaml.safe_dump(values, sort_keys=True, allow_unicode=True, width=120)

@@ -1,4 +1,4 @@
-"""Execute one chapter or appendix of a run: `run_chapter.py 00_data quick`.
+"""Execute one chapter or room of a run: `run_chapter.py 00_data quick`.
 
 The executed notebook gets its name when the chapter is finished, the stamp is written after that. A killed chapter
 leaves neither, so make starts it again. This file is the light door: it is ready to be stopped before the heavy

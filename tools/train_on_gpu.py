@@ -16,8 +16,8 @@ import numpy as np
 from common import RESULTS, Problem, main
 
 from cvdl.baseline import fast_cnn, whiten
-from cvdl.data import atomic, provenance, read_json, write_json
-from cvdl.schedules import optimizer_of
+from cvdl.core import atomic, provenance, read_json, write_json
+from cvdl.networks.schedules import optimizer_of
 
 
 def pack(folder: Path, epochs: int = 40) -> None:
