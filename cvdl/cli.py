@@ -81,10 +81,10 @@ def _save_findings(found, folder: Path) -> None:
     "The pictures of an audit, one file per kind of finding; those of an earlier audit go."
     import matplotlib.pyplot as plt
 
-    from cvdl.images.audit import plot_drift, show_odd, show_pairs
+    from cvdl.images.audit import plot_drift, show_outliers, show_pairs
 
     drawn = {"copies.png": (show_pairs, found.pairs), "conflicts.png": (show_pairs, found.conflicts),
-             "blank.png": (show_odd, found.blank), "odd_sizes.png": (show_odd, found.outliers)}
+             "blank.png": (show_outliers, found.blank), "outlier_sizes.png": (show_outliers, found.outliers)}
     for name, (draw, rows) in drawn.items():
         (folder / name).unlink(missing_ok=True)
         if len(rows):
@@ -98,7 +98,7 @@ def audit(
     data: Annotated[str, typer.Option(help="shapes, cifar10, a folder of class folders, or an archive of one.")],
     image_size: Annotated[int | None, typer.Option(help="Pixels a side that images are brought to.")] = None,
     num_images: Annotated[int | None, typer.Option(help="Use only this many images.")] = None,
-    max_left_out: Annotated[float, typer.Option(min=0, max=1, help="A larger share of files that cannot be used is an error.")] = 0.2,
+    max_skipped: Annotated[float, typer.Option(min=0, max=1, help="A larger share of files that cannot be used is an error.")] = 0.2,
     seed: int = 0,
     output: Annotated[Path, typer.Option(help="Folder for audit.json and the pictures.")] = Path("audit"),
 ):
@@ -111,16 +111,16 @@ def audit(
     from cvdl.data import load
 
     use_book_style()
-    splits = load(data, image_size=image_size, num_images=num_images, seed=seed, max_left_out=max_left_out)
+    splits = load(data, image_size=image_size, num_images=num_images, seed=seed, max_skipped=max_skipped)
     found = audit_splits(splits)
     output.mkdir(parents=True, exist_ok=True)
     _save_findings(found, output)
     leaks = {f"{into}_images_with_a_copy_in_{source}": splits.parts[into].ids[found.leaks(source, into)].tolist()
              for source, into in (("train", "validation"), ("train", "test"), ("validation", "test"))}
-    write_json(output / "audit.json", {"data": data, **found.to_dict(), **leaks, "left_out": splits.left_out, "provenance": provenance(splits, seed=seed)})
+    write_json(output / "audit.json", {"data": data, **found.to_dict(), **leaks, "skipped_files": splits.skipped_files, "provenance": provenance(splits, seed=seed)})
     for row in found.summary().itertuples():
         print(f"{row.count:8,} of {row.of:>7,} {row.share:8.2%}  {row.finding}")
-    print(f"{splits.name}: {sum(map(len, splits.parts.values())):,} images of {splits.num_classes} classes, {len(splits.left_out)} files left out; see {output}/")
+    print(f"{splits.name}: {sum(map(len, splits.parts.values())):,} images of {splits.num_classes} classes, {len(splits.skipped_files)} files left out; see {output}/")
 
 # %% ../nbs/cli.ipynb #c11e0001
 def _tell(run) -> None:
@@ -156,7 +156,7 @@ def train(
     input_size: Annotated[int, typer.Option(min=32, help="Pixels a side that a transferred backbone sees.")] = 96,
     image_size: Annotated[int | None, typer.Option(help="Pixels a side that images are brought to.")] = None,
     num_images: Annotated[int | None, typer.Option(help="Use only this many images.")] = None,
-    max_left_out: Annotated[float, typer.Option(min=0, max=1, help="A larger share of files that cannot be used is an error.")] = 0.2,
+    max_skipped: Annotated[float, typer.Option(min=0, max=1, help="A larger share of files that cannot be used is an error.")] = 0.2,
     seed: int = 0,
     run: Annotated[str | None, typer.Option(help="Name of the run's folder under models/; default the data set's name.")] = None,
     resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with the interrupted training in this folder, e.g. models/shapes/baseline.")] = None,
@@ -173,20 +173,20 @@ def train(
     transferred = model not in (ModelName.baseline, ModelName.fast_cnn)
     if not transferred and (freeze_base or unfreeze_layers is not None):
         raise DataError(f"--freeze-base, --unfreeze-layers: {model.value} has no pretrained base; choose another --model or leave them out")
-    splits = load(data, image_size=image_size, num_images=num_images, seed=seed, max_left_out=max_left_out)
+    splits = load(data, image_size=image_size, num_images=num_images, seed=seed, max_skipped=max_skipped)
     _start_tensorflow()
-    from cvdl.training import starting_recipe
+    from cvdl.training import default_recipe
     from cvdl.training import train as train_model
 
     given = {"batch_size": batch_size, "learning_rate": learning_rate, "head_epochs": epochs if freeze_base else None}
-    recipe = starting_recipe(model.value, epochs=0 if freeze_base else epochs, input_size=input_size, seed=seed, unfreeze_layers=unfreeze_layers,
+    recipe = default_recipe(model.value, epochs=0 if freeze_base else epochs, input_size=input_size, seed=seed, unfreeze_layers=unfreeze_layers,
                              **{name: value for name, value in given.items() if value is not None})
     folder = models_folder(run or splits.name)
     splits.save(folder / "splits")
     here = data not in ("shapes", "cifar10", "fashion_mnist") and Path(data).expanduser().exists()
     source = {"name_or_path": str(Path(data).expanduser().resolve()) if here else data,
               "image_size": image_size, "num_images": num_images, "seed": seed,
-              "max_left_out": max_left_out}
+              "max_skipped": max_skipped}
     _tell(train_model(recipe, splits, folder / model.value, source=source, **options))
 
 # %% ../nbs/cli.ipynb #ea58dad5
@@ -235,8 +235,8 @@ def evaluate(
     if gradcam:
         from cvdl.gradcam import plot_gradcam
 
-        hits = probabilities.argmax(axis=1) == splits.test.labels
-        chosen = np.concatenate([np.flatnonzero(hits)[:5], np.flatnonzero(~hits)[:5]])
+        correct = probabilities.argmax(axis=1) == splits.test.labels
+        chosen = np.concatenate([np.flatnonzero(correct)[:5], np.flatnonzero(~correct)[:5]])
         axes = plot_gradcam(network, splits.test.subset(chosen), splits.classes)
         axes.flat[0].figure.savefig(output / "gradcam_examples.png", bbox_inches="tight")
     plt.close("all")
@@ -250,7 +250,7 @@ def export(
     format: Annotated[ExportFormat, typer.Option("--format", help="What to write.")] = ExportFormat.onnx,
     quantize: Annotated[bool, typer.Option("--quantize", help="int8 weights and activations; TFLite only.")] = False,
     data: DataOption = None,
-    output: Annotated[Path | None, typer.Option(help="Folder for the artefact; default models/<run>/export/<model>.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for the artifact; default models/<run>/export/<model>.")] = None,
 ):
     "Write a model as ONNX, TFLite or SavedModel and prove that it gives the same answers."
     from cvdl.core import DataError
@@ -265,12 +265,12 @@ def export(
 
     network, splits = load(model), _splits_of(model, data)
     folder = output or (model if model.is_dir() else model.parent).parent / "export" / network.name
-    artefact = export_model(
+    artifact = export_model(
         network, folder, format=format.value, quantize=quantize, classes=splits.classes,
         calibration_images=splits.train.images[:500] if quantize else None,
     )
-    same = parity(keras_predictor(network), load_predictor(artefact.path), splits.test.images[:1000])
-    print(f"{artefact.path}: {artefact.format} {artefact.precision}, {artefact.bytes / 1e6:.2f} MB; agrees with Keras on "
+    same = parity(keras_predictor(network), load_predictor(artifact.path), splits.test.images[:1000])
+    print(f"{artifact.path}: {artifact.format} {artifact.precision}, {artifact.bytes / 1e6:.2f} MB; agrees with Keras on "
           f"{same['top1_agreement']:.2%} of {same['n']} images, largest difference {same['max_abs_difference']:.1e}")
 
 # %% ../nbs/cli.ipynb #e65ed039
@@ -285,9 +285,9 @@ def predict(
     import numpy as np
 
     from cvdl.images.reading import decode_image
-    from cvdl.export import describe, load_predictor
+    from cvdl.export import describe_artifact, load_predictor
 
-    about = describe(model)
+    about = describe_artifact(model)
     predictor = load_predictor(model)
     side = about["image_shape"][0]
     failed = False

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['keras_predictor', 'augmented_predictor', 'Metrics', 'evaluate', 'plot_confusion_matrix', 'plot_per_class',
-           'with_copy', 'accuracy_with_and_without', 'Latency', 'usable_threads', 'measure_latency', 'model_size',
+           'has_training_copy', 'accuracy_by_leakage', 'Latency', 'usable_threads', 'measure_latency', 'model_size',
            'comparison_table', 'select_model']
 
 # %% ../nbs/05_evaluation.ipynb #4e493a97
@@ -26,11 +26,11 @@ from .core import Images, hardware
 from .evidence.mistakes import accuracy_by_group, plot_mistakes, worst_mistakes
 from cvdl.evidence.predictors import (
     Predictor,
-    ask,
     check_classes,
     check_images,
     check_labels,
     check_probabilities,
+    predict_probabilities,
 )
 from .evidence.scores import score_intervals, scores
 from .evidence.statistics import wilson_interval
@@ -132,20 +132,20 @@ def evaluate(
     "Accuracy with its interval, scores, per-class scores and confusion matrix of `predictor` on `images`."
     classes = check_classes(classes, model=model_classes)
     if callable(predictor):
-        probabilities = ask(predictor, images.images, num_classes=len(classes))
+        probabilities = predict_probabilities(predictor, images.images, num_classes=len(classes))
     else:
         probabilities = check_probabilities(predictor, num_classes=len(classes))
     labels = check_labels(images.labels, num_classes=len(classes), length=len(probabilities))
     predicted = probabilities.argmax(axis=1)
-    hits = int((predicted == labels).sum())
+    correct = int((predicted == labels).sum())
     columns = precision_recall_fscore_support(labels, predicted, labels=range(len(classes)),
                                               average=None, zero_division=0)
     per_class = pd.DataFrame(dict(zip(("precision", "recall", "f1", "support"), columns)),
                              index=pd.Index(classes, name="class"))
-    interval = wilson_interval(hits, len(labels))
+    interval = wilson_interval(correct, len(labels))
     intervals = score_intervals(probabilities, labels, resamples=resamples, seed=seed) if resamples else {"accuracy": interval}
     return Metrics(
-        n=len(labels), accuracy=hits / len(labels), interval=interval,
+        n=len(labels), accuracy=correct / len(labels), interval=interval,
         macro=_average_scores(labels, predicted, len(classes), "macro"),
         weighted=_average_scores(labels, predicted, len(classes), "weighted"),
         per_class=per_class,
@@ -197,7 +197,7 @@ def plot_per_class(
     return ax
 
 # %% ../nbs/05_evaluation.ipynb #e1a20b35
-def with_copy(
+def has_training_copy(
     audit: Mapping | None,  # the entry "audit" of data.json; runs of earlier versions have none
     n: int,                 # number of test images
 ) -> np.ndarray | None:     # (N,) bool; None where nobody looked for copies
@@ -211,10 +211,10 @@ def with_copy(
     return np.isin(np.arange(n), np.asarray(rows, int))
 
 
-def accuracy_with_and_without(
+def accuracy_by_leakage(
     probabilities: np.ndarray,   # (N, C) answers on the test images
     labels: np.ndarray,          # (N,) int class indices
-    leaked: np.ndarray | None,   # (N,) bool from `with_copy`
+    leaked: np.ndarray | None,   # (N,) bool from `has_training_copy`
 ) -> dict:                       # 'all', 'without a copy', 'with a copy' -> n, accuracy, interval; groups without images are left out
     "Accuracy on all test images, on those without a copy in training, and on those with one."
     names = {"all": np.full(len(labels), "all")}

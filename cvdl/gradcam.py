@@ -22,7 +22,7 @@ from .core import Images, grayscale, show_images
 from .evaluation import keras_predictor
 from .evidence.explanation_scores import check_class_indices, check_maps, energy_share
 from .evidence.predictors import check_images
-from .images.shapes import show_rows
+from .images.shapes import show_image_rows
 
 # %% ../nbs/06_gradcam.ipynb #da234524
 _CONVOLUTIONS = (keras.layers.Conv2D, keras.layers.DepthwiseConv2D, keras.layers.SeparableConv2D,
@@ -321,7 +321,7 @@ def plot_feature_maps(
         chosen = np.argsort(-maps.std(axis=(1, 2)), kind="stable")[:channels]
         blank = [np.zeros((1, 1), np.float32)] * (channels - len(chosen))
         rows[f"{layer}  {maps.shape[1]} × {maps.shape[2]}"] = [*_scaled(maps[chosen] - maps[chosen].min(axis=(1, 2), keepdims=True)), *blank]
-    return show_rows(rows, ax=ax)
+    return show_image_rows(rows, ax=ax)
 
 # %% ../nbs/06_gradcam.ipynb #2f1a5749
 def overlay(

@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from .core import DataError, processor, read_json
+from .core import DataError, describe_processor, read_json
 
 # %% ../nbs/10_report.ipynb #a754052a
 MODULES = ("data", "training", "evaluation", "gradcam", "optimization", "export")
@@ -45,7 +45,7 @@ def conditions(
     sizes = ", ".join(f"{sum(per_class.values()):,} {part}" for part, per_class in counts.items())
     return {"data": f"{source['data']['name']} ({sizes} images), fingerprint {source['data']['fingerprint']}",
             "classes": ", ".join(files["data"]["classes"]), "seed": str(source["seed"]),
-            "processor": processor(machine),
+            "processor": describe_processor(machine),
             "versions": ", ".join(f"{name} {version}" for name, version in versions.items()), "measured": source["time"][:10]}
 
 # %% ../nbs/10_report.ipynb #a04e0cf9
@@ -133,7 +133,7 @@ def headline(
         points, origin = 100 * (small["accuracy"] - test["accuracy"]), files["evaluation"]["models"][small["model"]]["size_mb"]
         text += (f" The file that we would deploy, {small['model']} ({variant(small)}), has {small['bytes'] / 1e6:.2f} MB instead of "
                  f"{origin:.2f}, labels {small['accuracy']:.2%} correctly ({points:+.2f} points) and takes {small['latency_ms']:.2f} ms for an image.")
-    agreement = [each["parity"]["top1_agreement"] for each in files["export"]["artefacts"]
+    agreement = [each["parity"]["top1_agreement"] for each in files["export"]["artifacts"]
                  if each["model"] == selected and each["precision"] == "float32"]
     if agreement:
         text += (f" {len(agreement)} float32 export{'s give' if len(agreement) > 1 else ' gives'} the same label as Keras on "
@@ -151,9 +151,9 @@ def model_card(
     per_class = sorted(test["per_class"].items(), key=lambda item: item[1]["f1"])
     height, width = data["image_shape"][:2]
     own = comparison(files).query("model == @selected")
-    artefacts = [f"- {each['format']}, {each['precision']}, {each['bytes'] / 1e6:.2f} MB: top-1 agreement with Keras "
+    artifacts = [f"- {each['format']}, {each['precision']}, {each['bytes'] / 1e6:.2f} MB: top-1 agreement with Keras "
                  f"{each['parity']['top1_agreement']:.2%} of {each['parity']['n']:,} images"
-                 for each in files["export"]["artefacts"] if each["model"] == selected]
+                 for each in files["export"]["artifacts"] if each["model"] == selected]
     return "\n".join([
         f"# Model card: {selected} on {data['name']}", "",
         f"An image classifier with {entry['parameters']:,} parameters for {len(data['classes'])} classes: {facts['classes']}. "
@@ -162,15 +162,15 @@ def model_card(
         "Teaching, and classification of images like those it was trained on. It was not made for decisions about people. "
         "It always answers with one of its classes, also for an image that shows none of them.", "",
         "## Data and training", "",
-        f"{facts['data'][0].upper()}{facts['data'][1:]}. {len(data['left_out']) or 'No'} file{'' if len(data['left_out']) == 1 else 's'} could not be read. "
-        f"Training took {training['seconds'] / 60:.1f} minutes on {processor(training['provenance']['hardware'])}, with seed {facts['seed']}. "
+        f"{facts['data'][0].upper()}{facts['data'][1:]}. {len(data['skipped_files']) or 'No'} file{'' if len(data['skipped_files']) == 1 else 's'} could not be read. "
+        f"Training took {training['seconds'] / 60:.1f} minutes on {describe_processor(training['provenance']['hardware'])}, with seed {facts['seed']}. "
         "Validation images chose the epoch and the model; test images were read at the end.", "",
         "## Results", "",
         f"Accuracy {test['accuracy']:.2%} of {test['n']:,} test images, 95 % interval {test['interval'][0]:.2%} to "
         f"{test['interval'][1]:.2%}; naming the largest class alone would reach {data['majority_guess']:.1%}. "
         f"Weakest class: {per_class[0][0]} (recall {per_class[0][1]['recall']:.1%}, precision {per_class[0][1]['precision']:.1%}); "
         f"strongest: {per_class[-1][0]} (recall {per_class[-1][1]['recall']:.1%}, precision {per_class[-1][1]['precision']:.1%}).", "",
-        markdown_table(own), "", "## Files", "", *(artefacts or ["No exported file."]), "",
+        markdown_table(own), "", "## Files", "", *(artifacts or ["No exported file."]), "",
         "## Limits", "",
         "The interval covers the chance of drawing these test images. It says nothing about other cameras, other places or a later "
         "year, and nothing about training again with another seed. Probabilities are as the network gives them.", "",

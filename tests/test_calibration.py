@@ -10,7 +10,8 @@ from hypothesis.extra.numpy import arrays
 from sklearn import metrics
 
 from cvdl.evidence.calibration import (
-    area_under_risk,
+    apply_temperature,
+    area_under_risk_coverage,
     calibration_error,
     calibration_report,
     choose_threshold,
@@ -18,15 +19,18 @@ from cvdl.evidence.calibration import (
     reliability,
     risk_coverage,
     selective_accuracy,
-    tempered,
-    tempered_predictor,
+    temperature_scaled_predictor,
 )
-from cvdl.evidence.predictors import fit_weights, soft_vote, vote
+from cvdl.evidence.predictors import (
+    average_probabilities,
+    ensemble_predictor,
+    fit_ensemble_weights,
+)
 from cvdl.evidence.scores import (
     log_losses,
     score_intervals,
     scores,
-    top_k_hits,
+    top_k_correct,
     weighted_scores,
 )
 
@@ -66,7 +70,7 @@ def test_scores_where_a_class_is_missing_or_alone():
     assert np.isnan(alone["roc_auc"]) and np.isnan(unknown["roc_auc"]).all() and np.isfinite(alone["log_loss"])
     single = scores(np.ones((3, 1), np.float32), np.zeros(3, int))
     assert single["accuracy"] == 1 and np.isnan(single["kappa"])
-    assert top_k_hits(np.float32([[0.5, 0.5]]), np.array([0]), 1).all(), "of equal probabilities the class named first, as argmax says"
+    assert top_k_correct(np.float32([[0.5, 0.5]]), np.array([0]), 1).all(), "of equal probabilities the class named first, as argmax says"
 
 
 def test_intervals_of_all_scores_in_seconds():
@@ -113,7 +117,7 @@ def test_bins_hold_equally_many_and_do_not_depend_on_the_order():
 @pytest.mark.parametrize("sharper", [0.5, 1, 3])
 def test_the_temperature_takes_back_what_made_a_model_too_sure(sharper):
     probabilities, labels = honest(3)
-    model = tempered(probabilities, 1 / sharper)
+    model = apply_temperature(probabilities, 1 / sharper)
     assert fit_temperature(model, labels) == pytest.approx(sharper, rel=0.06)
     report = calibration_report((model[:5000], labels[:5000]), (model[5000:], labels[5000:]), wanted=0.9, resamples=50)
     assert report["temperature"] == pytest.approx(sharper, rel=0.1)
@@ -130,10 +134,10 @@ def test_the_answer_never_moves(values, temperature, close):
     if close:  # two classes that differ in the last bit
         probabilities[:] = [np.nextafter(np.float32(0.5), np.float32(0)), 0.5, 0, 0]
     with np.errstate(divide="raise"):  # a probability of zero has no logarithm
-        found = tempered(probabilities, temperature)
+        found = apply_temperature(probabilities, temperature)
     assert np.isfinite(found).all() and (found.argmax(axis=1) == probabilities.argmax(axis=1)).all()
     np.testing.assert_allclose(found.sum(axis=1), 1, atol=1e-5)
-    np.testing.assert_array_equal(tempered_predictor(lambda images: probabilities, temperature)(None), found)
+    np.testing.assert_array_equal(temperature_scaled_predictor(lambda images: probabilities, temperature)(None), found)
 
 
 def test_thresholds_and_the_area_under_the_risk():
@@ -142,7 +146,7 @@ def test_thresholds_and_the_area_under_the_risk():
     assert curve["coverage"].iloc[-1] == 1 and curve["accuracy"].iloc[-1] == pytest.approx((probabilities.argmax(axis=1) == labels).mean())
     order = np.argsort(-probabilities.max(axis=1), kind="stable")
     wrong = probabilities.argmax(axis=1)[order] != labels[order]
-    area = area_under_risk(probabilities, labels, resamples=100)
+    area = area_under_risk_coverage(probabilities, labels, resamples=100)
     assert area["aurc"] == pytest.approx((wrong.cumsum() / np.arange(1, 10_001)).mean(), rel=0.01) and area["interval"][0] < area["aurc"] < area["interval"][1]
     plain, sure = (choose_threshold(probabilities, labels, accuracy=0.9, sure=each) for each in (False, True))
     assert plain["accuracy"] >= 0.9 and sure["interval"][0] >= 0.9 and sure["coverage"] < plain["coverage"]
@@ -152,28 +156,28 @@ def test_thresholds_and_the_area_under_the_risk():
 
 def test_validation_sets_the_weights_of_a_vote():
     strong, labels = honest(0, n=4000)
-    weak = vote([strong, np.full_like(strong, 0.1)], [0.3, 0.7])
+    weak = average_probabilities([strong, np.full_like(strong, 0.1)], [0.3, 0.7])
     guess = honest(9, n=4000)[0]
-    weights = fit_weights([guess, weak, strong], labels)
+    weights = fit_ensemble_weights([guess, weak, strong], labels)
     assert weights[2] > 0.9 and weights.min() >= 0 and weights.sum() == pytest.approx(1)
-    best = log_losses(vote([guess, weak, strong], weights), labels).mean()
+    best = log_losses(average_probabilities([guess, weak, strong], weights), labels).mean()
     for other in np.random.default_rng(0).dirichlet(np.ones(3), 100):
-        assert best <= log_losses(vote([guess, weak, strong], other), labels).mean() + 1e-5
-    assert fit_weights([strong, strong], labels) == pytest.approx([0.5, 0.5])
-    np.testing.assert_allclose(soft_vote([lambda images: strong, lambda images: guess], [0.25, 0.75])(None), 0.25 * strong + 0.75 * guess, rtol=1e-5)
+        assert best <= log_losses(average_probabilities([guess, weak, strong], other), labels).mean() + 1e-5
+    assert fit_ensemble_weights([strong, strong], labels) == pytest.approx([0.5, 0.5])
+    np.testing.assert_allclose(ensemble_predictor([lambda images: strong, lambda images: guess], [0.25, 0.75])(None), 0.25 * strong + 0.75 * guess, rtol=1e-5)
 
 
 @pytest.mark.parametrize("call, said", [
-    (lambda p, y: tempered(p, -1), "temperature: expected a number above 0, got -1"),
+    (lambda p, y: apply_temperature(p, -1), "temperature: expected a number above 0, got -1"),
     (lambda p, y: fit_temperature(p, y[:-1]), "labels: expected 100, one per row of probabilities, got 99"),
     (lambda p, y: calibration_error(np.where(np.arange(100)[:, None] == 7, np.nan, p), y), "probabilities: expected numbers in 0..1, got nan at row 7, column 0"),
     (lambda p, y: risk_coverage(p * 2, y), "probabilities: expected "), (lambda p, y: scores(p[:0], y[:0]), "probabilities: expected a non-empty numeric shape"),
     (lambda p, y: choose_threshold(p, (p.argmax(axis=1) + 1) % 10, accuracy=0.9),
      "accuracy: expected at most 0.0000, what the best threshold reaches on these 100 images, got 0.9"),
-    (lambda p, y: vote([p, p[:5]]), r"answers: expected shape \(100, 10\) as of the first model, got \(5, 10\) at index 1"),
-    (lambda p, y: vote([p, p], [0.7, 0.7]), "weights: expected 2 numbers from 0 that sum to 1"),
+    (lambda p, y: average_probabilities([p, p[:5]]), r"answers: expected shape \(100, 10\) as of the first model, got \(5, 10\) at index 1"),
+    (lambda p, y: average_probabilities([p, p], [0.7, 0.7]), "weights: expected 2 numbers from 0 that sum to 1"),
     (lambda p, y: reliability(p, y, bins=0), "bins: expected at least one, got 0"),
-    (lambda p, y: top_k_hits(p, y, 11), "k: expected 1..10, got 11"),
+    (lambda p, y: top_k_correct(p, y, 11), "k: expected 1..10, got 11"),
 ])
 def test_bad_input_is_named(call, said):
     with pytest.raises(ValueError, match=said):

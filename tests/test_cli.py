@@ -93,9 +93,9 @@ def test_export_agrees_and_predicts(folder, photo, options):
     done = run("export", "--model", "models/tiny/baseline", "--format", *options, "--output", "-".join(options), cwd=folder)
     agreement = float(done.stdout.split("agrees with Keras on ")[1].split("%")[0])
     assert agreement >= (90 if "--quantize" in options else 99.9)
-    artefact = done.stdout.split(":")[0]
+    artifact = done.stdout.split(":")[0]
     image, keras = photo
-    printed = run("predict", "--model", artefact, image, cwd=folder).stdout
+    printed = run("predict", "--model", artifact, image, cwd=folder).stdout
     if "--quantize" not in options:
         assert printed == keras
     assert any(name in printed for name in ["disc", "ring", "spiral", "heart", "star", "square", "cross", "arrow", "crescent", "triangle"])
@@ -121,14 +121,14 @@ def test_audit_finds_what_was_planted(tmp_path):
             image = {40: np.roll(images[1], 2, axis=1), 42: np.full((64, 64, 3), 90, np.uint8), 5: np.tile(images[5], (1, 30, 1))}.get(row, images[row])
             Image.fromarray(image).save(path)
     (tmp_path / "out").mkdir()
-    (tmp_path / "out/odd_sizes.png").write_text("of an earlier audit")
+    (tmp_path / "out/outlier_sizes.png").write_text("of an earlier audit")
     done = run("audit", "--data", "photos", "--output", "out", cwd=tmp_path)
     counts = {line[30:].strip(): int(line[:8]) for line in done.stdout.splitlines() if line[:8].strip().isdigit()}
     assert counts["test images with a near copy in train"] == counts["pairs of copies with different labels"] == 1
     assert counts["blank images"] == counts["images of odd size"] == 1 and "60 images of 2 classes" in done.stdout
     found = json.loads((tmp_path / "out/audit.json").read_text())
     assert [name.split("/")[-1] for name in found["test_images_with_a_copy_in_train"]] == ["40 ü.png"] and found["pairs"] == 1
-    for name in ("copies", "conflicts", "blank", "odd_sizes", "drift"):
+    for name in ("copies", "conflicts", "blank", "outlier_sizes", "drift"):
         assert Image.open(tmp_path / "out" / f"{name}.png").size[0] > 300
     run("audit", "--data", "shapes", "--num-images", 60, "--output", "out", cwd=tmp_path)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"audit.json", "drift.png"}
@@ -189,7 +189,7 @@ def test_too_many_bad_files_end_a_training_before_it_begins(tmp_path):
         (tmp_path / "pets" / "a" / f"bad {index}.png").write_bytes(b"no")
     words = ["train", "--data", "pets", "--epochs", 1]
     done = run(*words, cwd=tmp_path, code=1)
-    assert re.search(r"12 of 52 files cannot be used, more than the allowed 20%: .*not an image.*max_left_out", done.stderr)
+    assert re.search(r"12 of 52 files cannot be used, more than the allowed 20%: .*not an image.*max_skipped", done.stderr)
     assert not (tmp_path / "models").exists()
     done = run(*words, "--max-left-out", 0.5, cwd=tmp_path)
     assert "left out 12 of 52 files" in done.stdout and "validation images" in done.stdout

@@ -6,13 +6,13 @@ import pytest
 from cvdl.core import Images
 from cvdl.evidence.corruptions import (
     FAMILIES,
-    STRENGTHS,
+    SEVERITIES,
     corrupt,
-    corrupted_hits,
+    corrupted_correct,
     mean_robustness,
     robustness_grid,
     robustness_table,
-    strength,
+    severity_constant,
 )
 from cvdl.images.shapes import draw_shapes
 
@@ -22,11 +22,11 @@ WIDE = np.ascontiguousarray(IMAGES[64][:, 10:50])
 
 def test_the_paper_s_families_are_there():
     assert list(FAMILIES) == ["noise", "blur", "weather", "digital"]
-    assert sorted(name for names in FAMILIES.values() for name in names) == sorted(STRENGTHS) and len(STRENGTHS) >= 15
+    assert sorted(name for names in FAMILIES.values() for name in names) == sorted(SEVERITIES) and len(SEVERITIES) >= 15
 
 
 @pytest.mark.parametrize("images", [*IMAGES.values(), WIDE], ids=[*map(str, IMAGES), "40 × 64"])
-@pytest.mark.parametrize("name", STRENGTHS)
+@pytest.mark.parametrize("name", SEVERITIES)
 def test_a_higher_severity_changes_an_image_more(name, images):
     damaged = [corrupt(images, name, severity) for severity in range(1, 6)]
     assert all(each.dtype == np.uint8 and each.shape == images.shape for each in damaged)
@@ -34,7 +34,7 @@ def test_a_higher_severity_changes_an_image_more(name, images):
     assert distances[0] > 0 and (np.diff(distances) > 0).all(), distances
 
 
-@pytest.mark.parametrize("name", STRENGTHS)
+@pytest.mark.parametrize("name", SEVERITIES)
 def test_damage_is_seeded_and_pure(name):
     images = IMAGES[32].copy()
     one = corrupt(images, name, 3, seed=1)
@@ -46,11 +46,11 @@ def test_damage_is_seeded_and_pure(name):
         assert len(np.unique(corrupt(np.repeat(images[:1], 5, axis=0), name, 3), axis=0)) == 5, "each image has its own damage"
 
 
-def test_strength_follows_the_size_of_the_image():
-    for name in STRENGTHS:
-        small, middle, large = (strength(name, 3, side) for side in (32, 90, 224))
-        assert (small, large) == pytest.approx((STRENGTHS[name][0][2], STRENGTHS[name][1][2])) and min(small, large) <= middle <= max(small, large)
-        assert strength(name, 3, 8) == small and strength(name, 3, 1000) == large
+def test_severity_follows_the_size_of_the_image():
+    for name in SEVERITIES:
+        small, middle, large = (severity_constant(name, 3, side) for side in (32, 90, 224))
+        assert (small, large) == pytest.approx((SEVERITIES[name][0][2], SEVERITIES[name][1][2])) and min(small, large) <= middle <= max(small, large)
+        assert severity_constant(name, 3, 8) == small and severity_constant(name, 3, 1000) == large
 
 
 def test_gray_stays_gray_and_plain_stays_plain():
@@ -70,13 +70,13 @@ def bright_or_dark(pixels):
 def test_robustness_of_a_model_that_sees_brightness_only():
     pixels = np.repeat(np.uint8([60, 140]), 20)[:, None, None, None] + np.zeros((40, 24, 24, 3), np.uint8)
     images = Images(pixels, np.repeat([0, 1], 20), np.arange(40).astype(str))
-    hits = corrupted_hits(bright_or_dark, images, names=["gaussian blur", "brightness"], severities=(1, 5))
-    table = robustness_table(hits).set_index(["corruption", "severity"])
+    correct = corrupted_correct(bright_or_dark, images, names=["gaussian blur", "brightness"], severities=(1, 5))
+    table = robustness_table(correct).set_index(["corruption", "severity"])
     assert table["accuracy"].to_dict() == {("none", 0): 1, ("gaussian blur", 1): 1, ("gaussian blur", 5): 1, ("brightness", 1): 1, ("brightness", 5): 0.5}
     assert (table["n"] == 40).all() and table.loc[("brightness", 5), "low"] < 0.5 < table.loc[("brightness", 5), "high"]
-    mean = mean_robustness(hits, resamples=100)
+    mean = mean_robustness(correct, resamples=100)
     assert (mean["clean"], mean["accuracy"], mean["lost"], mean["n"]) == (1, 0.875, 0.125, 40)
-    assert mean["interval"][0] < 0.875 < mean["interval"][1] and robustness_grid(robustness_table(hits)).index[0] == "brightness"
+    assert mean["interval"][0] < 0.875 < mean["interval"][1] and robustness_grid(robustness_table(correct)).index[0] == "brightness"
 
 
 @pytest.mark.parametrize("call, said", [
@@ -84,7 +84,7 @@ def test_robustness_of_a_model_that_sees_brightness_only():
     (lambda images: corrupt(images, "fog", 0), "severity: expected 1..5, got 0"),
     (lambda images: corrupt(images[:0], "fog", 1), "images: expected at least one image, got 0"),
     (lambda images: corrupt(images / 255, "fog", 1), "images: expected uint8"),
-    (lambda images: corrupted_hits(lambda pixels: np.ones((3, 2)) / 2, Images(images, np.zeros(len(images), int), np.arange(len(images)))),
+    (lambda images: corrupted_correct(lambda pixels: np.ones((3, 2)) / 2, Images(images, np.zeros(len(images), int), np.arange(len(images)))),
      r"predictor: expected answers of shape \(70, C\), one row per image, got \(3, 2\)"),
 ])
 def test_bad_input_is_named(call, said):

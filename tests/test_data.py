@@ -48,8 +48,8 @@ def test_mixed_photos_become_rgb_of_one_size(photos):
 
 
 def test_damaged_files_are_left_out_with_the_reason(photos, capsys):
-    left_out = {name.rsplit("/", 1)[-1]: reason for name, reason in load(photos).left_out}
-    assert left_out == {"half.jpg": "truncated", "empty.png": "empty file"}
+    skipped_files = {name.rsplit("/", 1)[-1]: reason for name, reason in load(photos).skipped_files}
+    assert skipped_files == {"half.jpg": "truncated", "empty.png": "empty file"}
     assert "left out 2 of 27 files" in capsys.readouterr().out
 
 

@@ -25,7 +25,7 @@ from cvdl.evidence.mistakes import (
     confused_examples,
     confused_pairs,
     image_properties,
-    interactive_confusion,
+    interactive_confusion_matrix,
     label_issues,
     lowest_margin,
     picture_page,
@@ -171,7 +171,7 @@ def test_columns_of_a_table_become_groups():
 
 def test_the_matrix_to_point_at_says_the_counts_of_the_matrix():
     classes = ["<b>", *SHAPE_CLASSES[1:]]
-    page = interactive_confusion(SHAPES, ANSWERS, classes, each=2, most=12)
+    page = interactive_confusion_matrix(SHAPES, ANSWERS, classes, each=2, most=12)
     html = BeautifulSoup(page, "html.parser")
     matrix = evaluate(ANSWERS, SHAPES, SHAPE_CLASSES).confusion_matrix
     rows = [[int(cell.find(string=True, recursive=False) or 0) for cell in row.select("td")] for row in html.select("tbody tr")]
@@ -188,7 +188,7 @@ def test_a_matrix_of_many_classes_shows_those_with_mistakes():
     labels = rng.integers(0, 60, 900)
     images = Images(np.zeros((900, 4, 4, 3), np.uint8), labels, labels.astype(str))
     seen = np.where((labels < 5) & (rng.random(900) < 0.5), (labels + 1) % 5, labels)
-    page = interactive_confusion(images, np.eye(60, dtype=np.float32)[seen], [f"class {i}" for i in range(60)], largest=5)
+    page = interactive_confusion_matrix(images, np.eye(60, dtype=np.float32)[seen], [f"class {i}" for i in range(60)], largest=5)
     assert [name.get_text() for name in BeautifulSoup(page, "html.parser").select("tbody th")] == [f"class {i}" for i in range(5)]
 
 

@@ -11,7 +11,7 @@ from cvdl.evaluation import keras_predictor
 from cvdl.evidence.explanation_scores import (
     SCORES,
     baseline_maps,
-    cascade,
+    cascading_randomization,
     check_maps,
     confidence_changes,
     curve_area,
@@ -260,8 +260,8 @@ def test_cascade_tells_edges_from_explanations_and_restores_the_model(shapes):
     keras.utils.set_random_seed(0)
     model = baseline_cnn((32, 32, 3), 10, filters=(8, 16))
     before = model.get_weights()
-    honest = cascade(model, lambda images, labels: gradcam(model, images, class_indices=labels), shapes.images, shapes.labels, stages=4)
-    edges = cascade(model, lambda images, _: baseline_maps(images)["edges"], shapes.images, shapes.labels, stages=4)
+    honest = cascading_randomization(model, lambda images, labels: gradcam(model, images, class_indices=labels), shapes.images, shapes.labels, stages=4)
+    edges = cascading_randomization(model, lambda images, _: baseline_maps(images)["edges"], shapes.images, shapes.labels, stages=4)
     assert honest["correlation"].iloc[-1] < 0.5 and (edges["correlation"] == 1).all() and (edges["ssim"] == 1).all()
     assert honest["layer"].iloc[0] == "logits" and honest["randomized"].is_monotonic_increasing
     assert all(np.array_equal(*pair) for pair in zip(before, model.get_weights(), strict=True))
@@ -278,7 +278,7 @@ def test_cascade_restores_the_model_when_the_explanation_fails(shapes):
 
     before = model.get_weights()
     with pytest.raises(RuntimeError):
-        cascade(model, explain, shapes.images, shapes.labels)
+        cascading_randomization(model, explain, shapes.images, shapes.labels)
     assert all(np.array_equal(*pair) for pair in zip(before, model.get_weights(), strict=True))
 
 

@@ -13,7 +13,7 @@ from cvdl.images.shapes import draw_shapes
 
 @pytest.mark.parametrize("problem, expected", [
     ("no such name", "no-such-data"), ("empty folder", "empty"), ("one class", "one class"), ("one damaged file", "damaged"),
-    ("many damaged files", "max_left_out"),
+    ("many damaged files", "max_skipped"),
 ])
 def test_data_that_cannot_be_used_is_one_sentence(experiments, tmp_path, problem, expected):
     folder = tmp_path / "photos"
@@ -48,7 +48,7 @@ def test_a_folder_of_photos_trains_and_names_the_damaged_file(experiments, tmp_p
     make(experiments, "models/photos/stamps/05_evaluation.done", "PROFILE=brief", f"DATA={tmp_path / 'my photos'}", "RUN=photos")
 
     results = experiments / "results" / "photos"
-    (entry,) = json.loads((results / "data.json").read_text())["left_out"]
+    (entry,) = json.loads((results / "data.json").read_text())["skipped_files"]
     assert entry["file"].endswith("broken.jpg") and entry["reason"]
     assert "left out 1 of 37 files" in (results / "nbs" / "00_data.ipynb").read_text()
     evaluation = json.loads((results / "evaluation.json").read_text())

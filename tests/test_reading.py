@@ -122,10 +122,10 @@ def test_bad_files_are_listed_with_the_reason(tmp_path, monkeypatch):
     (folder / "b" / "gone.png").symlink_to(folder / "nowhere.png")
     (folder / "b" / "self.png").symlink_to(folder / "b" / "self.png")
     (folder / "b" / "ein schöner Hund.png").write_bytes(saved("PNG", size=16))
-    read = reading.read_file
-    monkeypatch.setattr(reading, "read_file", lambda path: (_ for _ in ()).throw(PermissionError()) if path.name == "000.png" else read(path))
+    read = reading.read_file_bytes
+    monkeypatch.setattr(reading, "read_file_bytes", lambda path: (_ for _ in ()).throw(PermissionError()) if path.name == "000.png" else read(path))
     splits = load(folder)
-    reasons = dict(splits.left_out)
+    reasons = dict(splits.skipped_files)
     assert reasons == {"a/photo.jpg": "wrong extension: a PNG file named .jpg", "a/notes.jpg": "not an image", "a/000.png": "no permission to read it",
                        "b/back": "a link back to a folder above it", "b/gone.png": "a link that leads nowhere", "b/self.png": "a link that leads nowhere"}
     ids = np.concatenate([part.ids for part in splits.parts.values()])
@@ -136,9 +136,9 @@ def test_too_many_bad_files_are_an_error(tmp_path):
     folder = write_classes(tmp_path / "pets")
     for index in range(12):
         (folder / "a" / f"bad{index}.jpg").write_bytes(b"no")
-    with pytest.raises(DataError, match=r"12 of 36 files.*20%.*max_left_out"):
+    with pytest.raises(DataError, match=r"12 of 36 files.*20%.*max_skipped"):
         load(folder)
-    assert len(load(folder, max_left_out=0.5).left_out) == 12
+    assert len(load(folder, max_skipped=0.5).skipped_files) == 12
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
@@ -279,7 +279,7 @@ def test_without_room_on_the_disk_images_are_decoded_when_they_are_read(pets, tm
     assert isinstance(there.train.images, FilePixels) and not list((tmp_path / "home").rglob("pixels.bin"))
     said = capsys.readouterr().out
     assert "do not fit into" in said and "slower" in said and said.count("\n") == 2  # this, and what was left out
-    assert [reason for _, reason in there.left_out] == ["not an image"]
+    assert [reason for _, reason in there.skipped_files] == ["not an image"]
     there.save(tmp_path / "saved")
     again = type(there).open(tmp_path / "saved")
     assert isinstance(again.train.images, FilePixels)
@@ -315,7 +315,7 @@ def test_a_cached_archive_is_not_opened(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(reading, "open_source", None)
         again = load(tmp_path / "pets.zip")
-    assert again.fingerprint == first.fingerprint and again.left_out == first.left_out == (("pets/stray.png", "not in a class folder"),)
+    assert again.fingerprint == first.fingerprint and again.skipped_files == first.skipped_files == (("pets/stray.png", "not in a class folder"),)
     with zipfile.ZipFile(tmp_path / "pets.zip", "a") as archive:
         archive.write(folder / "a" / "000.png", "pets/b/copy.png")
     assert load(tmp_path / "pets.zip").fingerprint != first.fingerprint

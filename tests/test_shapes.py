@@ -17,13 +17,13 @@ from cvdl.images.shapes import (
     _grid,
     _scene,
     _stroke_distance,
-    box_masks,
+    boxes_to_masks,
+    draw_outlines,
     draw_scenes,
     draw_shapes,
-    mask_boxes,
-    outlined,
+    masks_to_boxes,
     plant_patches,
-    show_rows,
+    show_image_rows,
 )
 
 SIZES = [8, 20, 33, 96, 128]
@@ -55,7 +55,7 @@ def test_any_size_shows_the_same_objects(size):
     assert drawn.images.shape == (30, size, size, 3) and drawn.masks.shape == (30, size, size)
     assert np.array_equal(drawn.labels, large.labels) and drawn.masks.any(axis=(1, 2)).all()
     assert abs(drawn.masks.mean(axis=(1, 2)) - large.masks.mean(axis=(1, 2))).max() < 0.7 / size
-    boxes, wide = mask_boxes(drawn.masks) / size, mask_boxes(large.masks) / 160
+    boxes, wide = masks_to_boxes(drawn.masks) / size, masks_to_boxes(large.masks) / 160
     assert abs(boxes - wide).max() < 1.5 / size + 0.02
 
 
@@ -111,7 +111,7 @@ def test_place_follows_from_the_scale_so_that_objects_stay_in_the_image():
         drawn = draw_shapes(600, size=40, seed=4, difficulty=name)
         radius = level.scale[0] + (level.scale[1] - level.scale[0]) * np.array(scale)
         expected = np.array(place) * (1 - 0.88 * radius)[:, None]
-        left, top, right, bottom = mask_boxes(drawn.masks).T / 20 - 1
+        left, top, right, bottom = masks_to_boxes(drawn.masks).T / 20 - 1
         found = np.stack([left + right, -top - bottom], axis=1) / 2
         disc = drawn.labels == SHAPE_CLASSES.index("disc")
         assert np.median(abs(found - expected)[disc]) < 0.02, name
@@ -123,20 +123,20 @@ def test_place_follows_from_the_scale_so_that_objects_stay_in_the_image():
 def test_boxes_are_what_a_loop_finds(size):
     masks = draw_shapes(20, size=size, seed=5).masks
     masks[3] = False
-    for mask, box in zip(masks, mask_boxes(masks), strict=True):
+    for mask, box in zip(masks, masks_to_boxes(masks), strict=True):
         rows, columns = np.nonzero(mask)
         assert box.tolist() == ([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1] if mask.any() else [0, 0, 0, 0])
-    filled = box_masks(mask_boxes(masks), (size, size))
-    assert not (masks & ~filled).any() and np.array_equal(mask_boxes(filled), mask_boxes(masks)) and not filled[3].any()
+    filled = boxes_to_masks(masks_to_boxes(masks), (size, size))
+    assert not (masks & ~filled).any() and np.array_equal(masks_to_boxes(filled), masks_to_boxes(masks)) and not filled[3].any()
 
 
 def test_boxes_of_wide_masks_and_frames():
     masks = np.zeros((1, 2, 6, 11), bool)
     masks[0, 0, 2:5, 1:10] = True
-    boxes = mask_boxes(masks)
+    boxes = masks_to_boxes(masks)
     assert boxes.tolist() == [[[1, 2, 10, 5], [0, 0, 0, 0]]] and boxes.dtype == np.int32
-    assert np.array_equal(box_masks(boxes, (6, 11)), masks)
-    framed = outlined(np.zeros((1, 6, 11, 3), np.uint8), boxes)
+    assert np.array_equal(boxes_to_masks(boxes, (6, 11)), masks)
+    framed = draw_outlines(np.zeros((1, 6, 11, 3), np.uint8), boxes)
     assert framed.dtype == np.uint8 and (framed[0, ..., 0] > 0).sum() == 2 * 9 + 2 and framed[0, 3, 5].sum() == 0
 
 
@@ -151,7 +151,7 @@ def test_scenes_tell_one_story(size, difficulty):
     assert np.array_equal(scenes.masks.any(axis=(2, 3)), present) and present[:, 0].all()
     assert scenes.masks.sum(axis=1).max() == 1, "a pixel belongs to one object"
     assert scenes.visible[present].min() >= 0.6 and scenes.visible[~present].max(initial=0) == 0
-    assert np.array_equal(scenes.boxes, mask_boxes(scenes.masks)) and (scenes.boxes[~present] == 0).all()
+    assert np.array_equal(scenes.boxes, masks_to_boxes(scenes.masks)) and (scenes.boxes[~present] == 0).all()
     assert scenes.labels.shape == (40, 10) and set(np.unique(scenes.labels)) == {0, 1}
     for hot, row in zip(scenes.labels, scenes.objects, strict=True):
         assert set(np.flatnonzero(hot)) == set(row[row >= 0])
@@ -172,7 +172,7 @@ def test_every_object_of_a_scene_stands_out_from_its_ground():
     scenes = draw_scenes(200, seed=7, difficulty="easy")
     lighter = []
     for image, masks in zip(scenes.images.mean(axis=-1), scenes.masks, strict=True):
-        for mask, (left, top, right, bottom) in zip(masks, mask_boxes(masks), strict=True):
+        for mask, (left, top, right, bottom) in zip(masks, masks_to_boxes(masks), strict=True):
             ground = ~masks.any(axis=0)[top:bottom, left:right]
             if ground.any():
                 lighter.append(image[mask].mean() > image[top:bottom, left:right][ground].mean())
@@ -219,7 +219,7 @@ def test_exactly_the_chosen_share_is_planted(size, place):
     has = planted.patches.any(axis=1)
     star = clean.labels == SHAPE_CLASSES.index("star")
     assert has[star].sum() == 27 and has[~star].sum() == 27
-    under = box_masks(planted.patches, (size, size))
+    under = boxes_to_masks(planted.patches, (size, size))
     side = max(3, round(0.16 * size))
     assert (under.sum(axis=(1, 2))[has] == side**2).all()
     assert np.array_equal(planted.images[~under], clean.images[~under]) and np.array_equal(planted.masks, clean.masks & ~under)
@@ -298,7 +298,7 @@ def test_difficulty_goes_through_load():
     (lambda: load("shapes", num_images=100, spurious=Spurious("dog")), DataError, "label: expected one of disc, ring"),
     (lambda: load("cifar10", difficulty="hard"), DataError, "difficulty: only 'shapes' are drawn and can have it; leave it out for 'cifar10'"),
     (lambda: load("photos", spurious=Spurious("disc")), DataError, "spurious: only 'shapes' are drawn and can have it; leave it out for 'photos'"),
-    (lambda: show_rows({"one": [np.zeros((8, 8))], "two": []}), ValueError, "rows: expected as many images in each, got {'one': 1, 'two': 0}"),
+    (lambda: show_image_rows({"one": [np.zeros((8, 8))], "two": []}), ValueError, "rows: expected as many images in each, got {'one': 1, 'two': 0}"),
     (lambda: replace(draw_shapes(5), patches=np.zeros((4, 4), np.int32)), ValueError, "patches: expected 5, one per image, got 4"),
 ], ids=lambda value: value[:40] if isinstance(value, str) else "")
 def test_what_cannot_be_is_refused_in_one_sentence(call, kind, says):

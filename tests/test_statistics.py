@@ -13,11 +13,11 @@ from statsmodels.stats.proportion import proportion_confint
 
 from cvdl.evidence.statistics import (
     bootstrap_interval,
+    bootstrap_weights,
     compare_paired,
-    holm,
+    holm_correction,
     mcnemar,
     non_inferiority,
-    resample_weights,
     score_of_rows,
     tied_with_best,
     wilson_interval,
@@ -33,12 +33,12 @@ def two_models(seed: int, *, n: int = 10_000, lost: int = 0, won: int = 0) -> tu
     return first, second
 
 
-@pytest.mark.parametrize("hits, n, expected", [(81, 263, (0.2553, 0.3662)), (15, 148, (0.0624, 0.1605)), (0, 20, (0, 0.1611)), (1, 29, (0.0061, 0.1718))])
-def test_wilson_as_published(hits, n, expected):
+@pytest.mark.parametrize("correct, n, expected", [(81, 263, (0.2553, 0.3662)), (15, 148, (0.0624, 0.1605)), (0, 20, (0, 0.1611)), (1, 29, (0.0061, 0.1718))])
+def test_wilson_as_published(correct, n, expected):
     "Newcombe, Statistics in Medicine 17, 1998, table I: the score method without continuity correction."
-    np.testing.assert_allclose(wilson_interval(hits, n), expected, atol=6e-5)
-    np.testing.assert_allclose(wilson_interval(hits, n, confidence=0.9), binomtest(hits, n).proportion_ci(0.9, "wilson"))
-    np.testing.assert_allclose(wilson_interval(hits, n, confidence=0.99), proportion_confint(hits, n, alpha=0.01, method="wilson"), atol=1e-12)
+    np.testing.assert_allclose(wilson_interval(correct, n), expected, atol=6e-5)
+    np.testing.assert_allclose(wilson_interval(correct, n, confidence=0.9), binomtest(correct, n).proportion_ci(0.9, "wilson"))
+    np.testing.assert_allclose(wilson_interval(correct, n, confidence=0.99), proportion_confint(correct, n, alpha=0.01, method="wilson"), atol=1e-12)
 
 
 @pytest.mark.parametrize("only_first, only_second", [(0, 3), (1, 7), (10, 4), (250, 150), (5, 5)])
@@ -106,9 +106,9 @@ def test_ties_are_paired_and_corrected():
     table = tied_with_best({"worse": worse, "best": best, "near": near, "twin": best.copy()})
     assert table.index.tolist() == ["best", "twin", "near", "worse"] and table["tied"].tolist() == [True, True, True, False]
     assert table.loc["twin", "p"] == 1 and table.loc["worse", "high"] < 0
-    np.testing.assert_allclose(holm([0.01, 0.02, 0.5]), [0.03, 0.04, 0.5])
+    np.testing.assert_allclose(holm_correction([0.01, 0.02, 0.5]), [0.03, 0.04, 0.5])
     p_values = np.random.default_rng(0).beta(0.3, 2, size=50)
-    np.testing.assert_allclose(holm(p_values), multipletests(p_values, method="holm")[1])
+    np.testing.assert_allclose(holm_correction(p_values), multipletests(p_values, method="holm")[1])
 
 
 def test_bootstrap_agrees_with_scipy():
@@ -121,7 +121,7 @@ def test_bootstrap_agrees_with_scipy():
 def test_bootstrap_keeps_every_class_and_its_seed():
     labels = np.repeat([0, 1, 2], [5, 295, 700])
     labels = np.random.default_rng(0).permutation(labels)
-    for weights in resample_weights(labels, resamples=50, seed=3):
+    for weights in bootstrap_weights(labels, resamples=50, seed=3):
         assert all((weights[:, labels == label].sum(axis=1) == (labels == label).sum()).all() for label in range(3))
         assert weights.std() > 0.9, "images are drawn with replacement"
     score = score_of_rows(lambda true, said: balanced_accuracy_score(true, said), labels, (labels + (np.arange(1000) % 10 == 0)) % 3)
@@ -130,20 +130,20 @@ def test_bootstrap_keeps_every_class_and_its_seed():
 
 
 def test_ten_thousand_images_a_thousand_times_in_seconds():
-    hits = two_models(0)[0].astype(np.float32)
+    correct = two_models(0)[0].astype(np.float32)
     start = time.process_time()
-    low, high = bootstrap_interval(lambda weights: weights @ hits / 10_000, np.arange(10_000) % 10)
+    low, high = bootstrap_interval(lambda weights: weights @ correct / 10_000, np.arange(10_000) % 10)
     assert time.process_time() - start < 10
-    np.testing.assert_allclose((low, high), wilson_interval(hits.sum(), 10_000), atol=0.001)
+    np.testing.assert_allclose((low, high), wilson_interval(correct.sum(), 10_000), atol=0.001)
 
 
 @pytest.mark.parametrize("call, said", [
     (lambda: compare_paired([1, 0], [1, 0, 1]), "second: expected 2, one for each of the same images, got 3"),
     (lambda: compare_paired([1, 0, np.nan], [1, 0, 1]), "first: expected True or False, got nan at index 2"),
     (lambda: compare_paired([], []), r"first: expected a non-empty shape \(N,\), got \(0,\)"),
-    (lambda: wilson_interval(3, 2), "hits: expected 0..2, got 3"), (lambda: wilson_interval(0, 0), "n: expected at least one answer, got 0"),
+    (lambda: wilson_interval(3, 2), "correct: expected 0..2, got 3"), (lambda: wilson_interval(0, 0), "n: expected at least one answer, got 0"),
     (lambda: non_inferiority([1], [1], margin=0), "margin: expected a loss between 0 and 1, got 0"),
-    (lambda: tied_with_best({}), "hits: expected at least one model, got 0"),
+    (lambda: tied_with_best({}), "correct: expected at least one model, got 0"),
 ])
 def test_bad_input_is_named(call, said):
     with pytest.raises(ValueError, match=said):

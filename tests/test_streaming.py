@@ -9,7 +9,7 @@ from cvdl.augmentation import Policy
 from cvdl.core import Images
 from cvdl.images.reading import LazyPixels
 from cvdl.images.shapes import draw_shapes
-from cvdl.training import Recipe, labeled_batches, training_stream
+from cvdl.training import Recipe, eval_dataset, train_dataset
 
 
 @pytest.fixture(scope="module")
@@ -24,18 +24,18 @@ def drawn(tmp_path_factory):
 def test_the_stream_does_not_know_where_the_pixels_are(drawn):
     batches = []
     for images in drawn:
-        stream, steps = training_stream(images, 10, policy=Policy.light(), batch_size=32, seed=3, epochs=2)
+        stream, steps = train_dataset(images, 10, policy=Policy.light(), batch_size=32, seed=3, epochs=2)
         batches.append([(np.asarray(pixels), np.asarray(labels)) for pixels, labels in stream])
         assert steps == 3 and len(batches[-1]) == 6
     for (a, b), (c, d) in zip(*batches, strict=True):
         assert np.array_equal(a, c) and np.array_equal(b, d)
-    one, two = (np.concatenate([np.asarray(pixels) for pixels, _ in labeled_batches(images, 10)]) for images in drawn)
+    one, two = (np.concatenate([np.asarray(pixels) for pixels, _ in eval_dataset(images, 10)]) for images in drawn)
     assert np.array_equal(one, drawn[0].images) and np.array_equal(two, one)
 
 
 def test_every_epoch_is_another_order_of_all_images(drawn):
     numbered = Images(drawn[0].images, np.arange(100), drawn[0].ids)
-    stream, _ = training_stream(numbered, 100, policy=Policy.none(), batch_size=50, seed=0, epochs=2)
+    stream, _ = train_dataset(numbered, 100, policy=Policy.none(), batch_size=50, seed=0, epochs=2)
     seen = np.concatenate([np.asarray(labels).argmax(axis=1) for _, labels in stream]).reshape(2, 100)
     assert (np.sort(seen, axis=1) == np.arange(100)).all() and (seen[0] != seen[1]).any()
 
@@ -44,9 +44,9 @@ def test_balance(drawn):
     labels = np.repeat([0, 1], [90, 10])
     images = Images(drawn[0].images, labels, drawn[0].ids)
     options = {"policy": Policy.none(), "batch_size": 20, "seed": 0, "epochs": 2}
-    drawn_rows = [np.asarray(batch) for _, batch in training_stream(images, 2, **options, balance="sampling")[0]]
+    drawn_rows = [np.asarray(batch) for _, batch in train_dataset(images, 2, **options, balance="sampling")[0]]
     assert np.concatenate(drawn_rows).sum(axis=0).tolist() == [100, 100]
-    weighted = np.concatenate([np.asarray(batch) for _, batch in training_stream(images, 2, **options, balance="weights")[0]])
+    weighted = np.concatenate([np.asarray(batch) for _, batch in train_dataset(images, 2, **options, balance="weights")[0]])
     assert np.allclose(weighted.sum(axis=0), [100, 100]) and np.allclose(np.unique(weighted[:, 1]), [0, 5])
     with pytest.raises(ValueError, match="balance"):
         Recipe(balance="luck")
@@ -55,7 +55,7 @@ def test_balance(drawn):
 def test_alternating_flip_reaches_the_stream(drawn):
     policy = dataclasses.replace(Policy.none(), alternating_flip=True)
     numbered = Images(drawn[0].images, np.arange(100), drawn[0].ids)
-    stream, _ = training_stream(numbered, 100, policy=policy, batch_size=50, seed=0, epochs=4)
+    stream, _ = train_dataset(numbered, 100, policy=policy, batch_size=50, seed=0, epochs=4)
     pixels, labels = (np.concatenate(each) for each in zip(*((np.asarray(a), np.asarray(b).argmax(axis=1)) for a, b in stream), strict=True))
     for row in range(100):
         plain = [np.array_equal(image, drawn[0].images[row]) for image in pixels[labels == row]]

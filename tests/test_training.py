@@ -144,8 +144,8 @@ def resume_with(splits, recipe, folder, **options) -> Run:
 
 def test_the_stream_starts_at_any_step(splits):
     options = dict(policy=Policy.light(), batch_size=32, seed=1)
-    whole = [np.asarray(pixels) for pixels, _ in training.training_stream(splits.train, 10, epochs=2, **options)[0]]
-    rest = [np.asarray(pixels) for pixels, _ in training.training_stream(splits.train, 10, first_epoch=0, first_step=4, epochs=2, **options)[0]]
+    whole = [np.asarray(pixels) for pixels, _ in training.train_dataset(splits.train, 10, epochs=2, **options)[0]]
+    rest = [np.asarray(pixels) for pixels, _ in training.train_dataset(splits.train, 10, first_epoch=0, first_step=4, epochs=2, **options)[0]]
     assert len(whole) == 14 and len(rest) == 10
     assert all(np.array_equal(a, b) for a, b in zip(whole[4:], rest, strict=True))
 
@@ -364,7 +364,7 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(splits, tmp_path, m
     (["amx_bf16"], None, "mixed_bfloat16"), (["avx2", "avx512_bf16"], None, "mixed_bfloat16"), ([], None, "float32"),
     (["avx2"], None, "float32"), ([], (8, 0), "mixed_bfloat16"), ([], (9, 0), "mixed_bfloat16"), (["amx_bf16"], (7, 5), "float32")])
 def test_precision_is_a_rule(flags, gpu, expected):
-    assert training.faster_precision(flags, gpu=gpu) == expected
+    assert training.fastest_precision(flags, gpu=gpu) == expected
 
 
 def test_precision_follows_the_devices_that_are_named(monkeypatch):
@@ -373,7 +373,7 @@ def test_precision_follows_the_devices_that_are_named(monkeypatch):
     monkeypatch.setattr(training.tf.config, "list_physical_devices", lambda kind: [0, 1, 2])
     monkeypatch.setattr(training.tf.config.experimental, "get_device_details", lambda gpu: details[gpu])
     monkeypatch.setattr(training, "hardware", lambda: {"flags": ["amx_bf16"]})
-    chosen = [training.compute_precision(Recipe(precision="auto"), devices) for devices in (["gpu:0"], ["gpu:1"], ["gpu:0", "gpu:1"], ["gpu:2"], ["cpu:0"])]
+    chosen = [training.resolve_precision(Recipe(precision="auto"), devices) for devices in (["gpu:0"], ["gpu:1"], ["gpu:0", "gpu:1"], ["gpu:2"], ["cpu:0"])]
     assert chosen == ["mixed_bfloat16", "float32", "float32", "float32", "mixed_bfloat16"]
 
 
@@ -387,15 +387,15 @@ def test_layers_and_compiler_follow_the_devices_that_are_named(monkeypatch, devi
 
 
 def test_the_run_says_how_it_was_computed(straight):
-    assert straight.summary["precision"] == "float32" and straight.summary["devices"] == training.find_devices()
+    assert straight.summary["precision"] == "float32" and straight.summary["devices"] == training.resolve_devices()
     assert straight.summary["classes"][:2] == ["disc", "ring"] and straight.summary["image_shape"] == [16, 16, 3]
 
 
 def test_device_is_checked():
-    assert training.find_devices("cpu") == ["cpu:0"]
+    assert training.resolve_devices("cpu") == ["cpu:0"]
     for wrong in ["gpu:7", "tpu", "", "cpu:0,cpu:0"]:
         with pytest.raises(ValueError, match=r"device: expected auto, cpu, gpu or some of cpu:0.*got"):
-            training.find_devices(wrong)
+            training.resolve_devices(wrong)
 
 
 TWO = """
@@ -405,14 +405,14 @@ tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU"
 import keras
 import numpy as np
 from cvdl.data import load
-from cvdl.training import Recipe, find_devices, resume, train
+from cvdl.training import Recipe, resolve_devices, resume, train
 
 class Stop(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         if np.asarray(self.model.optimizer.iterations) == 10:
             raise KeyboardInterrupt
 
-assert find_devices("cpu") == ["cpu:0", "cpu:1"], find_devices("cpu")
+assert resolve_devices("cpu") == ["cpu:0", "cpu:1"], resolve_devices("cpu")
 source = {"name_or_path": "shapes", "num_images": 300, "image_size": 16}
 recipe = Recipe(epochs=2, batch_size=32, filters=(4, 8), learning_rate=0.05, precision="float32", dropout=0.1)
 try:
@@ -678,7 +678,7 @@ def test_small_images_first_and_resuming_among_them(tmp_path):
     interrupt(recipe, splits, tmp_path / "cut", steps + 3)     # in the second of the two small epochs
     assert differences(whole, resume_in(tmp_path / "cut", recipe, splits)) <= 1e-3
     assert whole.model().input_shape == (None, *splits.image_shape), "the finished model has one size"
-    stream, _ = training.training_stream(splits.train, 10, policy=recipe.policy, batch_size=32, seed=0, epochs=4, small=(0.75, recipe.small_epochs))
+    stream, _ = training.train_dataset(splits.train, 10, policy=recipe.policy, batch_size=32, seed=0, epochs=4, small=(0.75, recipe.small_epochs))
     assert [int(pixels.shape[1]) for pixels, _ in stream] == [18] * 2 * steps + [24] * 2 * steps
 
 
@@ -737,7 +737,7 @@ def test_a_step_is_traced_once(splits):
     training.compile_model(model, recipe, steps=7)
     call = model.call
     model.call = lambda *inputs, **options: traced.append(options.get("training")) or call(*inputs, **options)
-    stream, _ = training.training_stream(splits.train, 10, policy=recipe.policy, batch_size=32, seed=0)
+    stream, _ = training.train_dataset(splits.train, 10, policy=recipe.policy, batch_size=32, seed=0)
     model.fit(stream, steps_per_epoch=3, verbose=0)
     assert len(traced) == 1 and int(model.optimizer.iterations) == 3
 
@@ -805,8 +805,8 @@ def test_a_head_alone_is_kept_at_its_best_epoch(splits, tmp_path, monkeypatch):
 
     monkeypatch.setattr(keras.Model, "fit", spoiled)
     run = train(head_only(), splits, tmp_path / "run", progress=False)
-    hits = run.model().predict(splits.validation.images, verbose=0).argmax(axis=1) == splits.validation.labels
-    assert behind[-1] < max(behind) and hits.mean() == pytest.approx(run.summary["validation_accuracy"]) == max(behind)
+    correct = run.model().predict(splits.validation.images, verbose=0).argmax(axis=1) == splits.validation.labels
+    assert behind[-1] < max(behind) and correct.mean() == pytest.approx(run.summary["validation_accuracy"]) == max(behind)
     assert run.summary["head"]["validation_accuracy"] == max(behind)
 
 
@@ -833,17 +833,17 @@ def test_balance_reaches_the_head(splits, balance, monkeypatch):
 
 
 def test_smoothing_of_a_weighted_target_has_its_weight():
-    loss = training.loss_of(Recipe(balance="weights", label_smoothing=0.2))
+    loss = training.make_loss(Recipe(balance="weights", label_smoothing=0.2))
     guess = np.float32([[0.6, 0.3, 0.1]])
     losses = [float(loss(np.float32([[0, weight, 0]]), guess)) for weight in (1, 4)]
     assert losses[1] == pytest.approx(4 * losses[0], rel=1e-5)
-    assert losses[0] == pytest.approx(float(training.loss_of(Recipe(label_smoothing=0.2))(np.float32([[0, 1, 0]]), guess)), rel=1e-5)
+    assert losses[0] == pytest.approx(float(training.make_loss(Recipe(label_smoothing=0.2))(np.float32([[0, 1, 0]]), guess)), rel=1e-5)
 
 
 def test_every_row_of_the_ablation_differs_from_all_of_it():
     from bench_training import ingredients
 
-    recipe = training.starting_recipe("fast-cnn", epochs=2, filters=(16, 32, 32))
+    recipe = training.default_recipe("fast-cnn", epochs=2, filters=(16, 32, 32))
 
     def network(change=lambda model: model, **_):
         keras.utils.set_random_seed(0)
@@ -864,7 +864,7 @@ def test_every_row_of_the_ablation_differs_from_all_of_it():
 
 def test_streams_end_at_once(splits):
     "With its tuner, one iterator in a dozen took until the end of the tuner's nap to be freed, a minute in a long training."
-    for stream in (training.training_stream(splits.train, 10, policy=Policy.none(), batch_size=32, seed=0)[0], training.labeled_batches(splits.train, 10)):
+    for stream in (training.train_dataset(splits.train, 10, policy=Policy.none(), batch_size=32, seed=0)[0], training.eval_dataset(splits.train, 10)):
         assert stream.options().autotune.enabled is False
 
 
@@ -886,7 +886,7 @@ def test_an_ablation_goes_on_and_drops_rows_that_are_not_wanted_any_more(splits,
 def test_averaged_weights_take_the_place_of_the_last(splits):
     from bench_training import one_training
 
-    recipe = training.starting_recipe("fast-cnn", epochs=2, filters=(4, 8), batch_size=40)
+    recipe = training.default_recipe("fast-cnn", epochs=2, filters=(4, 8), batch_size=40)
     images = dataclasses.replace(splits.train, images=splits.train.images.repeat(2, 1).repeat(2, 2), masks=None)
     rows, kept = [], []
     for average in (0.0, 0.9):
@@ -898,7 +898,7 @@ def test_averaged_weights_take_the_place_of_the_last(splits):
 def test_rows_of_the_same_recipe_are_kept_even_if_recipes_have_gained_a_field_since(tmp_path):
     from bench_training import kept_rows
 
-    recipe, file = training.starting_recipe("fast-cnn"), tmp_path / "rows.json"
+    recipe, file = training.default_recipe("fast-cnn"), tmp_path / "rows.json"
     assert kept_rows(file, recipe) == []
     before = {name: value for name, value in recipe.to_dict().items() if name != "convolutions"}
     training.write_json(file, {"recipe": before, "trainings": [{"seed": 0}]})
@@ -915,7 +915,7 @@ def test_the_wide_network_trains_on_all_labeled_images_and_once(splits, tmp_path
     larger = dataclasses.replace(splits, **{name: twice_as_large(part) for name, part in splits.parts.items()})
     monkeypatch.setattr(bench_training, "load", lambda name: larger)
     monkeypatch.setattr(bench_training, "recipe_of_the_book",
-                        lambda **changes: training.starting_recipe("fast-cnn", **{**changes, "filters": (4, 8), "batch_size": 40}))
+                        lambda **changes: training.default_recipe("fast-cnn", **{**changes, "filters": (4, 8), "batch_size": 40}))
     for name in ("RESULTS", "MODELS"):
         monkeypatch.setattr(bench_training, name, tmp_path / name)
     (tmp_path / "RESULTS" / "cifar10").mkdir(parents=True)
@@ -936,7 +936,7 @@ def test_the_wide_network_trains_where_there_is_keras_alone(backend, tmp_path, m
         pytest.skip(f"{backend} is not installed")
     drawn = load("shapes", num_images=600, image_size=32)
     monkeypatch.setattr(bench_training, "load", lambda name: drawn)
-    monkeypatch.setattr(bench_training, "recipe_of_the_book", lambda **changes: training.starting_recipe(
+    monkeypatch.setattr(bench_training, "recipe_of_the_book", lambda **changes: training.default_recipe(
         "fast-cnn", **{**changes, "filters": (8, 16, 16), "batch_size": 40}))
     monkeypatch.setattr(train_on_gpu, "RESULTS", tmp_path / "results")
     tool, folder = ROOT / "tools" / "train_on_gpu.py", tmp_path / "packed"

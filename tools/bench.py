@@ -28,7 +28,7 @@ def bench(
     if not path.exists():
         raise Problem(f"results/{run}/report.json is missing: run the book first (make book RUN={run} with its PROFILE and DATA).")
     report = json.loads(path.read_text(encoding="utf-8"))
-    print(f"{run}: {report['conditions']['processor']}\n")
+    print(f"{run}: {report['conditions']['describe_processor']}\n")
     print(ratios(report["models"]).round(2).to_string())
 
 

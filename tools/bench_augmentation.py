@@ -20,7 +20,7 @@ from common import main
 
 from cvdl.augmentation import Policy, augment_batch, per_image_engine
 from cvdl.images.shapes import draw_shapes
-from cvdl.training import Recipe, build_model, compute_precision, training_stream
+from cvdl.training import Recipe, build_model, resolve_precision, train_dataset
 
 CLASSES = 10
 WAITING = 6  # batches that a stream may have made before we ask: they are taken before the clock starts
@@ -97,13 +97,13 @@ def measure_training(
     policy, drawn = policy or Policy(), draw_shapes(images, size=size, seed=seed)
     keras.utils.set_random_seed(seed)
     recipe = recipe or Recipe()
-    model, _ = build_model(recipe, (size, size, 3), CLASSES, precision=compute_precision(recipe))
+    model, _ = build_model(recipe, (size, size, 3), CLASSES, precision=resolve_precision(recipe))
     model.compile("sgd", "categorical_crossentropy")
     options = {"batch_size": batch_size, "seed": seed}
-    constant, steps = training_stream(drawn, CLASSES, policy=Policy.none(), **options)
+    constant, steps = train_dataset(drawn, CLASSES, policy=Policy.none(), **options)
     pixels, labels = (tf.stack(parts) for parts in zip(*constant, strict=True))  # (steps, batch, ...)
     held = tf.data.Dataset.from_tensor_slices((pixels, labels)).repeat().prefetch(4)
-    augmented, _ = training_stream(drawn, CLASSES, policy=policy, **options, epochs=10**6)
+    augmented, _ = train_dataset(drawn, CLASSES, policy=policy, **options, epochs=10**6)
     streams = {"constant": iter(held), "policy": iter(augmented)}
 
     def epoch(name):

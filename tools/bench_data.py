@@ -19,7 +19,7 @@ import pandas as pd
 from common import Problem, main
 from PIL import Image
 
-from cvdl.core import home
+from cvdl.core import cvdl_home
 from cvdl.data import load
 from cvdl.images.reading import decode_image
 from cvdl.images.shapes import SHAPE_CLASSES, draw_shapes
@@ -85,7 +85,7 @@ def decoding_rate(
 
 def loading() -> None:
     "Print how long CIFAR-10 takes to load, and how fast photos are decoded."
-    archive, rows = home() / "data" / "cifar10.zip", []
+    archive, rows = cvdl_home() / "data" / "cifar10.zip", []
     if not archive.exists():
         print(f"{archive} is missing: its loading is not measured", file=sys.stderr)
     else:
@@ -139,13 +139,7 @@ def train_from_disk(
     import keras
 
     from cvdl.augmentation import Policy
-    from cvdl.training import (
-        Recipe,
-        build_model,
-        compile_model,
-        labeled_batches,
-        training_stream,
-    )
+    from cvdl.training import Recipe, build_model, compile_model, eval_dataset, train_dataset
 
     keras.utils.set_random_seed(0)
     recipe, memory = Recipe(filters=(8, 16), batch_size=64, precision="float32"), {"imported": resident()}
@@ -154,9 +148,9 @@ def train_from_disk(
     seconds, memory["loaded"] = time.perf_counter() - start, resident()
     model, _ = build_model(recipe, splits.image_shape, splits.num_classes)
     compile_model(model, recipe, steps=int(steps))
-    stream, _ = training_stream(splits.train, splits.num_classes, policy=Policy.light(), batch_size=recipe.batch_size, seed=0)
+    stream, _ = train_dataset(splits.train, splits.num_classes, policy=Policy.light(), batch_size=recipe.batch_size, seed=0)
     model.fit(stream.repeat(), steps_per_epoch=int(steps), shuffle=False, verbose=0)
-    model.evaluate(labeled_batches(splits.validation, splits.num_classes).take(20), verbose=0)
+    model.evaluate(eval_dataset(splits.validation, splits.num_classes).take(20), verbose=0)
     memory["trained"] = resident()
     print(json.dumps({"images": sum(map(len, splits.parts.values())), "load s": seconds,
                       **{f"{when}, {kind}": value for when, values in memory.items() for kind, value in zip(("now", "peak"), values, strict=True)}}))

@@ -40,11 +40,11 @@ from cvdl.training import (
     Recipe,
     build_model,
     compile_model,
-    compute_precision,
+    default_recipe,
     float32_twin,
-    starting_recipe,
-    training_stream,
-    with_input,
+    rebuild_model,
+    resolve_precision,
+    train_dataset,
 )
 from cvdl.training import train as train_in_folder
 from cvdl.transfer import BACKBONES, unfreeze_top
@@ -67,10 +67,10 @@ def trainer(
     keras.utils.set_random_seed(recipe.seed)
     model, _ = build_model(recipe, images.images.shape[1:], CLASSES, precision=recipe.precision)
     if not fused:
-        model = with_input(model, model.input_shape[1:], swap=PLAIN)
+        model = rebuild_model(model, model.input_shape[1:], swap=PLAIN)
     if recipe.model in BACKBONES:
         unfreeze_top(model)
-    stream, steps = training_stream(images, CLASSES, policy=recipe.policy, batch_size=recipe.batch_size, seed=recipe.seed, epochs=10**6)
+    stream, steps = train_dataset(images, CLASSES, policy=recipe.policy, batch_size=recipe.batch_size, seed=recipe.seed, epochs=10**6)
     compile_model(model, recipe, steps=steps)
     batches = iter(stream)
 
@@ -93,11 +93,11 @@ def speed(
     "Training of each network on drawn images, in turn in both precisions, and in the chosen one with Keras' own layers."
     drawn, rows = draw_shapes(images, size=size, seed=0), []
     for model in models:
-        recipe = starting_recipe(model, epochs=1, **({"pretrained": False} if model in BACKBONES else {}))
+        recipe = default_recipe(model, epochs=1, **({"pretrained": False} if model in BACKBONES else {}))
         seen = drawn.subset(range(images // 4 if model in BACKBONES else images))
         recipe = dataclasses.replace(recipe, batch_size=min(recipe.batch_size, len(seen) // 4))
         trainers = {name: trainer(dataclasses.replace(recipe, precision=name), seen) for name in PRECISIONS}
-        chosen = compute_precision(recipe)
+        chosen = resolve_precision(recipe)
         trainers["keras_layers"] = trainer(dataclasses.replace(recipe, precision=chosen), seen, fused=False)
         rates = interleaved(trainers, repeats=repeats)
         rows.append({"model": model, "batch": recipe.batch_size, **{name: statistics.median(values) for name, values in rates.items()},
@@ -133,10 +133,10 @@ def one_training(
 ) -> dict:
     "Train on all of `train`, then ask for `judged`; the clock runs during training, compilation included."
     keras.utils.set_random_seed(recipe.seed)
-    precision, shape = compute_precision(recipe), train.images.shape[1:]
+    precision, shape = resolve_precision(recipe), train.images.shape[1:]
     model, _ = build_model(recipe, shape, num_classes, precision=precision, images=train.images)
     model = change(model) if change else model
-    stream, steps = training_stream(train, num_classes, policy=recipe.policy, batch_size=recipe.batch_size, seed=recipe.seed,
+    stream, steps = train_dataset(train, num_classes, policy=recipe.policy, batch_size=recipe.batch_size, seed=recipe.seed,
                                     epochs=recipe.epochs, small=(recipe.small_scale, recipe.small_epochs))
     compile_model(model, recipe, steps=steps, average=average)
     tell = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: print(
@@ -152,9 +152,9 @@ def accuracy_of(model: keras.Model, judged: Images) -> dict:
     "Accuracy with one view and with six, and 95 % intervals."
     predictor = keras_predictor(model)
     views = {"plain": predictor, "six_views": augmented_predictor(predictor, shift=1)}
-    hits = {name: int((each(judged.images).argmax(axis=1) == judged.labels).sum()) for name, each in views.items()}
-    return {**{name: value / len(judged) for name, value in hits.items()},
-            **{f"{name}_interval": wilson_interval(value, len(judged)) for name, value in hits.items()}}
+    correct = {name: int((each(judged.images).argmax(axis=1) == judged.labels).sum()) for name, each in views.items()}
+    return {**{name: value / len(judged) for name, value in correct.items()},
+            **{f"{name}_interval": wilson_interval(value, len(judged)) for name, value in correct.items()}}
 
 
 def framed(training: Callable[[], dict]) -> dict:
@@ -171,7 +171,7 @@ def recipe_of_the_book(**changes) -> Recipe:
     "How the CIFAR-10 run of the book trains fast-cnn."
     recipes = read_profile("cifar10")["chapters"]["04_training"]["recipes"]
     values = next(each for each in recipes if each["model"] == "fast-cnn")
-    return starting_recipe(**{**values, **changes})
+    return default_recipe(**{**values, **changes})
 
 
 def kept_rows(file: Path, recipe: Recipe) -> list[dict]:
@@ -242,12 +242,12 @@ def wide(epochs: int = 40) -> pd.DataFrame:
 
 def frozen(epochs: int = 10) -> pd.DataFrame:
     "The head alone, on features of EfficientNet-Lite0 that are computed once; the validation images choose the epoch."
-    return trained_apart("frozen", starting_recipe("efficientnet-lite0", input_size=160, epochs=0, head_epochs=epochs), load("cifar10"))
+    return trained_apart("frozen", default_recipe("efficientnet-lite0", input_size=160, epochs=0, head_epochs=epochs), load("cifar10"))
 
 
 def resnet50(epochs: int = 8) -> pd.DataFrame:
     "ResNet50 from the ImageNet weights that are there, all of it trained; the validation images choose the epoch. 95 MB, so nobody commits its weights."
-    return trained_apart("resnet50", starting_recipe("resnet50", input_size=64, epochs=epochs), load("cifar10"))
+    return trained_apart("resnet50", default_recipe("resnet50", input_size=64, epochs=epochs), load("cifar10"))
 
 
 # -- what each ingredient buys ----------------------------------------------------------------------------------------
@@ -305,7 +305,7 @@ class Sharp(keras.layers.Activation):
 
 def sharp_activations(model: keras.Model) -> keras.Model:
     "ReLU in place of hard SiLU."
-    return with_input(model, model.input_shape[1:], swap={keras.layers.Activation: Sharp, FusedActivation: Sharp})   # the second where a processor trains
+    return rebuild_model(model, model.input_shape[1:], swap={keras.layers.Activation: Sharp, FusedActivation: Sharp})   # the second where a processor trains
 
 
 def ingredients(recipe: Recipe) -> dict[str, dict]:   # what `one_training` is given
@@ -335,7 +335,7 @@ def ingredients(recipe: Recipe) -> dict[str, dict]:   # what `one_training` is g
         "− small images first": with_recipe(small_scale=1.0),
         "+ a gray box of 8 pixels": with_policy(cutout=0.25),
         "+ averaged weights (EMA, 0.95 a step)": {"recipe": recipe, "average": 0.95},
-        "the plain network, by its own recipe": {"recipe": starting_recipe("baseline", epochs=recipe.epochs, seed=recipe.seed)},
+        "the plain network, by its own recipe": {"recipe": default_recipe("baseline", epochs=recipe.epochs, seed=recipe.seed)},
     }
 
 

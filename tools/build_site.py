@@ -52,9 +52,9 @@ def executed(
             found.append(name)
         elif is_chapter(name):
             raise Problem(f"{path.relative_to(ROOT)} is missing: run the book first (make book RUN={run} with its PROFILE and DATA).")
-    left_out = [name for name in listed() if name not in found]
-    if left_out:
-        print(f"The run {run} has not executed {', '.join(left_out)}: the site goes without.")
+    skipped_files = [name for name in listed() if name not in found]
+    if skipped_files:
+        print(f"The run {run} has not executed {', '.join(skipped_files)}: the site goes without.")
     return found
 
 

@@ -19,8 +19,8 @@ def scored(
     test: Images,
 ) -> dict:  # test_accuracy, its 95 % interval, test_images
     "Accuracy on the test images."
-    hits = int((predictor(test.images).argmax(axis=1) == test.labels).sum())
-    return {"test_accuracy": hits / len(test), "interval": wilson_interval(hits, len(test)), "test_images": len(test)}
+    correct = int((predictor(test.images).argmax(axis=1) == test.labels).sum())
+    return {"test_accuracy": correct / len(test), "interval": wilson_interval(correct, len(test)), "test_images": len(test)}
 
 
 def keep(run: str = "", *models: str) -> None:

@@ -17,7 +17,7 @@ from common import RESULTS, Problem, main
 
 from cvdl.baseline import fast_cnn, whiten
 from cvdl.core import atomic, provenance, read_json, write_json
-from cvdl.networks.schedules import optimizer_of
+from cvdl.networks.schedules import make_optimizer
 
 
 def pack(folder: Path, epochs: int = 40) -> None:
@@ -96,7 +96,7 @@ def train(folder: Path, seed: int = 0, held_out: int = 0) -> None:
     model = keras.models.clone_model(network, input_tensors=keras.Input((None, None, 3), name="pixels"))   # for images of two sizes
     model.set_weights(network.get_weights())
     steps, full = n // recipe.batch_size, images.shape[1]
-    model.compile(optimizer_of(recipe, steps=steps), keras.losses.CategoricalCrossentropy(label_smoothing=recipe.label_smoothing), metrics=["accuracy"])
+    model.compile(make_optimizer(recipe, steps=steps), keras.losses.CategoricalCrossentropy(label_smoothing=recipe.label_smoothing), metrics=["accuracy"])
     small, started = plan["small_epochs"], time.perf_counter()
     for first, last, side in [(0, small, max(16, round(recipe.small_scale * full))), (small, recipe.epochs, full)]:
         stream = batches(images[:n], targets[:n], recipe, first_epoch=first, side=side, gray=plan["gray"])

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCORES', 'check_maps', 'check_masks', 'check_class_indices', 'baseline_maps', 'perturbation_curves', 'curve_area',
            'confidence_changes', 'energy_share', 'pointing_game', 'score_explanations', 'mean_interval', 'method_table',
-           'format_table', 'map_similarity', 'cascade', 'verdict']
+           'format_table', 'map_similarity', 'cascading_randomization', 'verdict']
 
 # %% ../../nbs/evidence/explanation_scores.ipynb #e5c00004
 from collections.abc import Callable, Mapping
@@ -261,7 +261,7 @@ def _shuffle(layer: keras.Layer, rng: np.random.Generator) -> None:
     layer.set_weights([rng.permutation(weight.ravel()).reshape(weight.shape) for weight in layer.get_weights()])
 
 # %% ../../nbs/evidence/explanation_scores.ipynb #e5c0001f
-def cascade(
+def cascading_randomization(
     model: keras.Model,                                        # is changed, and restored
     explain: Callable[[np.ndarray, np.ndarray], np.ndarray],   # images, class indices -> maps of this very model
     images: np.ndarray,                                        # (N, H, W, 3) uint8
@@ -297,7 +297,7 @@ def _left(stages: pd.DataFrame) -> float:
 
 def verdict(
     scores: Mapping[str, pd.DataFrame],             # method -> `score_explanations`, the baselines among them
-    sanity: Mapping[str, pd.DataFrame],             # method -> `cascade`; a method without one counts as not sane
+    sanity: Mapping[str, pd.DataFrame],             # method -> `cascading_randomization`; a method without one counts as not sane
     *,
     baselines: tuple[str, ...] = ("random", "center", "edges"),
     most: float = 0.5,                              # rank correlation, of either sign, that may be left at the end of the cascade

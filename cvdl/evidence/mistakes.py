@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAIR_TITLES', 'CLASS_TITLES', 'worst_mistakes', 'plot_mistakes', 'lowest_margin', 'confused_pairs',
-           'confused_examples', 'class_examples', 'interactive_confusion', 'picture_page', 'confident_joint',
+           'confused_examples', 'class_examples', 'interactive_confusion_matrix', 'picture_page', 'confident_joint',
            'label_issues', 'plot_label_issues', 'accuracy_by_group', 'image_properties', 'quantile_groups',
            'column_groups', 'plot_slices']
 
@@ -23,7 +23,7 @@ from sklearn.metrics import confusion_matrix
 from ..core import Images, grayscale, show_images
 from .predictors import check_classes, check_labels, check_probabilities
 from .statistics import wilson_interval
-from ..images.shapes import show_rows
+from ..images.shapes import show_image_rows
 
 # %% ../../nbs/evidence/mistakes.ipynb #176d7403
 def worst_mistakes(
@@ -108,7 +108,7 @@ def confused_examples(
     classes: Iterable[str],     # class names
     *,
     pairs: int = 3,             # the most frequent ones
-) -> dict[str, list[np.ndarray]]:  # pair -> seven images, for `show_rows` or `picture_page`; empty without a mistake
+) -> dict[str, list[np.ndarray]]:  # pair -> seven images, for `show_image_rows` or `picture_page`; empty without a mistake
     "For each pair: images that were mistaken, beside images of both classes that were not."
     probabilities, labels, classes = _answers(probabilities, images.labels, classes)
     predicted, sure, rows = probabilities.argmax(axis=1), np.argsort(-probabilities.max(axis=1), kind="stable"), {}
@@ -129,7 +129,7 @@ def class_examples(
     classes: Iterable[str],     # class names
     *,
     most: int = 10,             # classes shown: those with the most mistakes
-) -> dict[str, list[np.ndarray]]:  # class -> four images, for `show_rows` or `picture_page`
+) -> dict[str, list[np.ndarray]]:  # class -> four images, for `show_image_rows` or `picture_page`
     "A row per class, most mistakes first: surest and least sure hit, surest miss, surest false alarm."
     probabilities, labels, classes = _answers(probabilities, images.labels, classes)
     predicted, sure = probabilities.argmax(axis=1), np.argsort(-probabilities.max(axis=1), kind="stable")
@@ -137,8 +137,8 @@ def class_examples(
     rows = {}
     for label in np.argsort(-mistakes, kind="stable")[:most]:
         own, named = labels[sure] == label, predicted[sure] == label
-        hits, misses, alarms = sure[own & named], sure[own & ~named], sure[~own & named]
-        rows[classes[label]] = [image for chosen in (hits, hits[1:][::-1], misses, alarms) for image in _padded(images.images, chosen, 1)]
+        correct, misses, alarms = sure[own & named], sure[own & ~named], sure[~own & named]
+        rows[classes[label]] = [image for chosen in (correct, correct[1:][::-1], misses, alarms) for image in _padded(images.images, chosen, 1)]
     return rows
 
 # %% ../../nbs/evidence/mistakes.ipynb #9405e21f
@@ -171,7 +171,7 @@ def _examples(labels: np.ndarray, predicted: np.ndarray, matrix: np.ndarray, eac
     return {cell: np.flatnonzero((labels == cell[0]) & (predicted == cell[1]))[:each] for cell in cells[: most // each]}
 
 # %% ../../nbs/evidence/mistakes.ipynb #46a744c2
-def interactive_confusion(
+def interactive_confusion_matrix(
     images: Images,             # the images that were evaluated
     probabilities: np.ndarray,  # (N, C) answers for all of them
     classes: Iterable[str],     # class names
@@ -284,11 +284,11 @@ def accuracy_by_group(
     "Accuracy, with its Wilson interval, of the images of each value of each property."
     probabilities = check_probabilities(probabilities)
     labels = check_labels(labels, num_classes=probabilities.shape[1], length=len(probabilities))
-    hits, rows = probabilities.argmax(axis=1) == labels, []
+    correct, rows = probabilities.argmax(axis=1) == labels, []
     for name, values in groups.items():
-        if len(values) != len(hits):
-            raise ValueError(f"groups: expected {len(hits)} values of {name!r}, one per image, got {len(values)}")
-        for value, own in pd.Series(hits).groupby(np.asarray(values), dropna=False):
+        if len(values) != len(correct):
+            raise ValueError(f"groups: expected {len(correct)} values of {name!r}, one per image, got {len(values)}")
+        for value, own in pd.Series(correct).groupby(np.asarray(values), dropna=False):
             rows.append((name, value, len(own), own.mean(), *wilson_interval(own.sum(), len(own), confidence=confidence)))
     table = pd.DataFrame(rows, columns=["group", "value", "n", "accuracy", "low", "high"])
     return table.sort_values(["accuracy", "high"], kind="stable", ignore_index=True)
