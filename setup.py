@@ -1,4 +1,4 @@
-"Everything this needs to know stands in settings.ini. The lock is requirements.txt, so no dependency is repeated here."
+"What this needs to know is in settings.ini; the lock of dependencies is requirements.txt."
 from configparser import ConfigParser
 
 from setuptools import find_packages, setup

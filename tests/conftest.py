@@ -18,18 +18,33 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def environment() -> dict[str, str]:
     "What a user's shell would hand on: not what the make that runs these tests adds."
-    return {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "PROFILE", "DATA", "RUN")}
+    return {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "PROFILE", "DATA", "RUN")
+    }
 
 
 def make(
     folder: Path,
-    *words: str,          # targets and VARIABLE=value
-    code: int = 0,        # expected exit code
-    timeout: float = 2400,  # seconds, against a make that hangs; the whole tiny book takes a slow machine a quarter of an hour
+    *words: str,  # targets and VARIABLE=value
+    code: int = 0,  # expected exit code
+    # seconds, against a make that hangs; the whole tiny book takes a slow machine a quarter of
+    # an hour
+    timeout: float = 2400,
 ) -> subprocess.CompletedProcess:
     "Run make in `folder`, as a user would, and check how it ends."
-    done = subprocess.run(["make", *words], cwd=folder, env=environment(), capture_output=True, text=True, timeout=timeout)
-    assert done.returncode == code, f"make {' '.join(words)}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    done = subprocess.run(
+        ["make", *words],
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert done.returncode == code, (
+        f"make {' '.join(words)}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    )
     assert "Traceback" not in done.stdout + done.stderr
     return done
 
@@ -40,10 +55,23 @@ def clone(
 ) -> Path:
     "Copy parts of the repository, with their times, and lend it this environment."
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ["Makefile", "settings.ini", "setup.py", "requirements.txt", "_config.yml", "tools", *names]:
+    for name in [
+        "Makefile",
+        "settings.ini",
+        "setup.py",
+        "requirements.txt",
+        "_config.yml",
+        "tools",
+        "book",
+        *names,
+    ]:
         source = ROOT / name
         if source.is_dir():
-            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+            shutil.copytree(
+                source,
+                folder / name,
+                ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"),
+            )
         else:
             shutil.copy2(source, folder / name)
     (folder / ".venv").symlink_to(sys.prefix)
@@ -52,8 +80,24 @@ def clone(
 
 def pytest_collection_modifyitems(items):
     "The longest files first: a file goes to one worker, and nobody should wait for the last."
-    longest = ["test_tiny_book", "test_training", "test_fashion_mnist", "test_cli", "test_pipeline", "test_photos", "test_explanation", "test_augmentation"]
-    items.sort(key=lambda item: longest.index(item.path.stem) if item.path.stem in longest else len(longest))
+    longest = [
+        "test_tiny_book",
+        "test_training",
+        "test_runs",
+        "test_trainings_beside",
+        "test_fashion_mnist",
+        "test_cli",
+        "test_pipeline",
+        "test_photos",
+        "test_frozen_features",
+        "test_explanation",
+        "test_augmentation",
+    ]
+    items.sort(
+        key=lambda item: (
+            longest.index(item.path.stem) if item.path.stem in longest else len(longest)
+        )
+    )
 
 
 @pytest.fixture(scope="session")
@@ -64,16 +108,22 @@ def book(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def experiments(tmp_path_factory) -> Path:
-    """A copy whose chapters have only what their experiments need: parameters, exports, imports and the experiment.
+    """A copy whose chapters have only what their experiments need.
 
-    For runs on other data and for interrupted ones. Lessons know nothing of either; the run `tiny` has them all.
+    That is parameters, exports, imports and the experiment. For runs on other data and for
+    interrupted ones: lessons know nothing of either; the run `tiny` has them all.
     The profile `brief` is `tiny` without range tests.
     """
     folder = clone(tmp_path_factory.mktemp("experiments") / "cvdl", "_toc.yml", "nbs", "cvdl")
     for path in (folder / "nbs").glob("[0-9][0-9]_*.ipynb"):
         notebook = nbformat.read(path, as_version=4)
-        notebook.cells = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])
-                          or cell.cell_type == "markdown" or cell.source.startswith(("#|", "import ", "from "))]
+        notebook.cells = [
+            cell
+            for cell in notebook.cells
+            if "parameters" in cell.metadata.get("tags", [])
+            or cell.cell_type == "markdown"
+            or cell.source.startswith(("#|", "import ", "from "))
+        ]
         nbformat.write(notebook, path)
     profile = yaml.safe_load((folder / "nbs" / "profiles" / "tiny.yml").read_text())
     profile["chapters"]["04_training"]["range_steps"] = 0
@@ -89,13 +139,25 @@ def tiny(book) -> Path:
     return book
 
 
-def write_chapter(folder: Path, name: str, parameters: str, *code: str, ending: str = "A formula: $x^2$.") -> None:
+def write_chapter(
+    folder: Path, name: str, parameters: str, *code: str, ending: str = "A formula: $x^2$."
+) -> None:
     "A chapter or a room of a few cells."
     module = name[3:] if name[:2].isdigit() else name.replace("/", ".")
     title = module.rpartition(".")[2].capitalize()
-    cells = [new_markdown_cell(f"# {title}\n\n> What {title} promises."), new_code_cell(parameters, metadata={"tags": ["parameters"]}),
-             new_code_cell(f"#| default_exp {module}"), *map(new_code_cell, code), new_markdown_cell(f"## Summary\n\n{ending}")]
-    notebook = new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}})
+    cells = [
+        new_markdown_cell(f"# {title}\n\n> What {title} promises."),
+        new_code_cell(parameters, metadata={"tags": ["parameters"]}),
+        new_code_cell(f"#| default_exp {module}"),
+        *map(new_code_cell, code),
+        new_markdown_cell(f"## Summary\n\n{ending}"),
+    ]
+    notebook = new_notebook(
+        cells=cells,
+        metadata={
+            "kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}
+        },
+    )
     for index, cell in enumerate(notebook.cells):
         cell.id = f"cell-{index}"
     path = folder / "nbs" / f"{name}.ipynb"
@@ -108,21 +170,59 @@ def finished_small_book(tmp_path_factory) -> Path:
     "A book of three chapters and a room without TensorFlow, run once."
     folder = clone(tmp_path_factory.mktemp("small") / "finished")
     (folder / "nbs" / "profiles").mkdir(parents=True)
-    (folder / "nbs" / "profiles" / "quick.yml").write_text("parameters: {seed: 1}\nchapters: {02_report: {digits: 3}}\n")
+    (folder / "nbs" / "profiles" / "quick.yml").write_text(
+        "parameters: {seed: 1}\nchapters: {02_report: {digits: 3}}\n"
+    )
     (folder / "cvdl").mkdir()
     (folder / "cvdl" / "__init__.py").write_text('__version__ = "0"\n')
-    (folder / "_toc.yml").write_text(yaml.safe_dump({"format": "jb-book", "root": "index", "parts": [
-        {"caption": "First part", "chapters": [{"file": "nbs/00_data", "sections": [{"file": "nbs/images/notes"}]}, {"file": "nbs/01_wait"}]},
-        {"caption": "Second part", "chapters": [{"file": "nbs/02_report"}]}]}, sort_keys=False))
-    write_chapter(folder, "00_data", 'run = "lab"\nseed = 0\ndata = "shapes"', "#| export\nANSWER = 42",
-                  "import sys\nfrom tqdm.auto import tqdm\nfor _ in tqdm(range(3), desc='bar'):\n    pass\n"
-                  "print('to stderr', file=sys.stderr)\nprint('to stdout')", ending="More in [room *Notes*](images/notes.ipynb).")
-    write_chapter(folder, "01_wait", 'run = "lab"\nseconds = 0', "#| slow\nimport time\nfrom pathlib import Path\n"
-                  "Path('waiting').touch()\ntime.sleep(seconds)\nfrom cvdl.data import ANSWER\nANSWER")
-    write_chapter(folder, "02_report", 'run = "lab"\ndigits = 2\nseed = 0', "#| slow\nimport json\nfrom pathlib import Path\nimport matplotlib.pyplot as plt\n"
-                  "figures = Path('results') / run / 'figures'\nfigures.mkdir(exist_ok=True)\nplt.plot([0, seed])\nplt.savefig(figures / 'line.png')\n"
-                  "landing = {'headline': f'The seed is **{seed}**.', 'table': '| a |\\n|--:|\\n| 1 |', 'figures': {'line.png': 'A line'}}\n"
-                  "(figures.parent / 'report.json').write_text(json.dumps({'landing': landing}))")
+    (folder / "_toc.yml").write_text(
+        yaml.safe_dump(
+            {
+                "format": "jb-book",
+                "root": "index",
+                "parts": [
+                    {
+                        "caption": "First part",
+                        "chapters": [
+                            {"file": "nbs/00_data", "sections": [{"file": "nbs/images/notes"}]},
+                            {"file": "nbs/01_wait"},
+                        ],
+                    },
+                    {"caption": "Second part", "chapters": [{"file": "nbs/02_report"}]},
+                ],
+            },
+            sort_keys=False,
+        )
+    )
+    write_chapter(
+        folder,
+        "00_data",
+        'run = "lab"\nseed = 0\ndata = "shapes"',
+        "#| export\nANSWER = 42",
+        "import sys\nfrom tqdm.auto import tqdm\nfor _ in tqdm(range(3), desc='bar'):\n    "
+        "pass\n"
+        "print('to stderr', file=sys.stderr)\nprint('to stdout')",
+        ending="More in [room *Notes*](images/notes.ipynb).",
+    )
+    write_chapter(
+        folder,
+        "01_wait",
+        'run = "lab"\nseconds = 0',
+        "#| slow\nimport time\nfrom pathlib import Path\n"
+        "Path('waiting').touch()\ntime.sleep(seconds)\nfrom cvdl.data import ANSWER\nANSWER",
+    )
+    write_chapter(
+        folder,
+        "02_report",
+        'run = "lab"\ndigits = 2\nseed = 0',
+        "#| slow\nimport json\nfrom pathlib import Path\nimport matplotlib.pyplot as plt\n"
+        "figures = Path('results') / run / "
+        "'figures'\nfigures.mkdir(exist_ok=True)\nplt.plot([0, seed])\nplt.savefig(figures / "
+        "'line.png')\n"
+        "landing = {'headline': f'The seed is **{seed}**.', 'table': '| a |\\n|--:|\\n| 1 |', "
+        "'figures': {'line.png': 'A line'}}\n"
+        "(figures.parent / 'report.json').write_text(json.dumps({'landing': landing}))",
+    )
     write_chapter(folder, "images/notes", 'run = "lab"\nsize = 1', "f'size {size} in {run}'")
     make(folder, "chapters")
     return folder

@@ -20,8 +20,17 @@ CVDL = Path(sys.executable).with_name("cvdl")
 def run(*words, cwd, code=0):
     "Run `cvdl`, check its exit code, and return what it printed."
     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
-    done = subprocess.run([CVDL, *map(str, words)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == code, f"{words}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    done = subprocess.run(
+        [CVDL, *map(str, words)],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == code, (
+        f"{words}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    )
     assert "Traceback" not in done.stderr
     return done
 
@@ -48,8 +57,16 @@ def test_train_again_opens_the_finished_run(folder):
 
 
 def test_a_log_gets_a_line_of_a_bar_every_ten_seconds(tmp_path):
-    code = "from cvdl.cli import _commands; _commands(); from tqdm import tqdm; print(tqdm(range(3)).mininterval)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True).stdout == "10.0\n"
+    code = (
+        "from cvdl.cli import _commands; _commands(); "
+        "from tqdm import tqdm; print(tqdm(range(3)).mininterval)"
+    )
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+        ).stdout
+        == "10.0\n"
+    )
 
 
 def test_another_recipe_moves_the_old_run_aside(folder):
@@ -59,20 +76,38 @@ def test_another_recipe_moves_the_old_run_aside(folder):
 
 
 def test_resume_opens_a_finished_run_and_refuses_other_choices(folder):
-    assert "validation images" in run("train", "--resume", "models/tiny/baseline", cwd=folder).stdout
+    assert (
+        "validation images"
+        in run("train", "--resume", "models/tiny/baseline", cwd=folder).stdout
+    )
     done = run("train", "--resume", "models/tiny/baseline", "--epochs", 9, cwd=folder, code=1)
-    assert done.stderr.startswith("cvdl: --epochs: --resume takes it from models/tiny/baseline/recipe.json")
+    assert done.stderr.startswith(
+        "cvdl: --epochs: --resume takes it from models/tiny/baseline/recipe.json"
+    )
 
 
 def test_a_diverged_training_goes_on_with_a_lower_rate(folder):
     words = ["--num-images", 300, "--epochs", 1, "--run", "diverged", "--learning-rate", "1e30"]
     done = run("train", *words, cwd=folder, code=1)
     assert "the loss is" in done.stderr and "cvdl train --resume" in done.stderr
-    assert "validation images" in run("train", "--resume", "models/diverged/baseline", "--learning-rate", 0.01, cwd=folder).stdout
+    assert (
+        "validation images"
+        in run(
+            "train", "--resume", "models/diverged/baseline", "--learning-rate", 0.01, cwd=folder
+        ).stdout
+    )
 
 
 def test_evaluate_with_gradcam(folder):
-    done = run("evaluate", "--model", "models/tiny/baseline", "--gradcam", "--output", "out", cwd=folder)
+    done = run(
+        "evaluate",
+        "--model",
+        "models/tiny/baseline",
+        "--gradcam",
+        "--output",
+        "out",
+        cwd=folder,
+    )
     metrics = json.loads((folder / "out/metrics.json").read_text())
     assert f"{metrics['accuracy']:.2%}" in done.stdout
     assert metrics["n"] == sum(each["support"] for each in metrics["per_class"].values())
@@ -82,15 +117,29 @@ def test_evaluate_with_gradcam(folder):
 
 @pytest.fixture(scope="module")
 def photo(folder):
-    "A photo with transparency and a name that needs care, and what the Keras model says about it."
+    """A photo with transparency and a name that needs care, and what the Keras model says about
+    it."""
     path = folder / "a photo ü.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 40, 4), dtype=np.uint8)).save(path)
+    Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (50, 40, 4), dtype=np.uint8)
+    ).save(path)
     return path, run("predict", "--model", "models/tiny/baseline", path, cwd=folder).stdout
 
 
-@pytest.mark.parametrize("options", [("onnx",), ("tflite",), ("savedmodel",), ("tflite", "--quantize")])
+@pytest.mark.parametrize(
+    "options", [("onnx",), ("tflite",), ("savedmodel",), ("tflite", "--quantize")]
+)
 def test_export_agrees_and_predicts(folder, photo, options):
-    done = run("export", "--model", "models/tiny/baseline", "--format", *options, "--output", "-".join(options), cwd=folder)
+    done = run(
+        "export",
+        "--model",
+        "models/tiny/baseline",
+        "--format",
+        *options,
+        "--output",
+        "-".join(options),
+        cwd=folder,
+    )
     agreement = float(done.stdout.split("agrees with Keras on ")[1].split("%")[0])
     assert agreement >= (90 if "--quantize" in options else 99.9)
     artifact = done.stdout.split(":")[0]
@@ -98,19 +147,43 @@ def test_export_agrees_and_predicts(folder, photo, options):
     printed = run("predict", "--model", artifact, image, cwd=folder).stdout
     if "--quantize" not in options:
         assert printed == keras
-    assert any(name in printed for name in ["disc", "ring", "spiral", "heart", "star", "square", "cross", "arrow", "crescent", "triangle"])
+    assert any(
+        name in printed
+        for name in [
+            "disc",
+            "ring",
+            "spiral",
+            "heart",
+            "star",
+            "square",
+            "cross",
+            "arrow",
+            "crescent",
+            "triangle",
+        ]
+    )
 
 
 def test_predict_goes_on_behind_a_bad_file(folder):
     (folder / "text.png").write_text("not an image")
     Image.new("L", (20, 20), 99).save(folder / "gray.png")
-    done = run("predict", "--model", "models/tiny/baseline", "text.png", "missing.png", "gray.png", cwd=folder, code=1)
+    done = run(
+        "predict",
+        "--model",
+        "models/tiny/baseline",
+        "text.png",
+        "missing.png",
+        "gray.png",
+        cwd=folder,
+        code=1,
+    )
     assert done.stdout.startswith("gray.png: ")
     assert "text.png: not an image" in done.stderr and "missing.png: " in done.stderr
 
 
 def test_audit_finds_what_was_planted(tmp_path):
-    "A copy under another label, an image of nothing and a banner, in a folder of plain files; no model and no split is needed."
+    """A copy under another label, an image of nothing and a banner, in a folder of plain files;
+    no model and no split is needed."""
     from cvdl.images.shapes import draw_shapes
 
     images = draw_shapes(60, size=64, seed=0).images
@@ -118,42 +191,77 @@ def test_audit_finds_what_was_planted(tmp_path):
         for row in rows:
             path = tmp_path / "photos" / part / ("even", "odd")[row % 2] / f"{row} ü.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            image = {40: np.roll(images[1], 2, axis=1), 42: np.full((64, 64, 3), 90, np.uint8), 5: np.tile(images[5], (1, 30, 1))}.get(row, images[row])
+            image = {
+                40: np.roll(images[1], 2, axis=1),
+                42: np.full((64, 64, 3), 90, np.uint8),
+                5: np.tile(images[5], (1, 30, 1)),
+            }.get(row, images[row])
             Image.fromarray(image).save(path)
     (tmp_path / "out").mkdir()
-    (tmp_path / "out/outlier_sizes.png").write_text("of an earlier audit")
+    (tmp_path / "out/odd_sizes.png").write_text("of an earlier audit")
     done = run("audit", "--data", "photos", "--output", "out", cwd=tmp_path)
-    counts = {line[30:].strip(): int(line[:8]) for line in done.stdout.splitlines() if line[:8].strip().isdigit()}
-    assert counts["test images with a near copy in train"] == counts["pairs of copies with different labels"] == 1
-    assert counts["blank images"] == counts["images of odd size"] == 1 and "60 images of 2 classes" in done.stdout
+    counts = {
+        line[30:].strip(): int(line[:8])
+        for line in done.stdout.splitlines()
+        if line[:8].strip().isdigit()
+    }
+    assert (
+        counts["test images with a near copy in train"]
+        == counts["pairs of copies with different labels"]
+        == 1
+    )
+    assert (
+        counts["blank images"] == counts["images of odd size"] == 1
+        and "60 images of 2 classes" in done.stdout
+    )
     found = json.loads((tmp_path / "out/audit.json").read_text())
-    assert [name.split("/")[-1] for name in found["test_images_with_a_copy_in_train"]] == ["40 ü.png"] and found["pairs"] == 1
+    assert [name.split("/")[-1] for name in found["test_images_with_a_copy_in_train"]] == [
+        "40 ü.png"
+    ] and found["pairs"] == 1
     for name in ("copies", "conflicts", "blank", "outlier_sizes", "drift"):
         assert Image.open(tmp_path / "out" / f"{name}.png").size[0] > 300
     run("audit", "--data", "shapes", "--num-images", 60, "--output", "out", cwd=tmp_path)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"audit.json", "drift.png"}
 
 
-@pytest.mark.parametrize(("words", "expected"), [
-    (["train", "--data", "no-such-data"], "no-such-data"),
-    (["audit", "--data", "no-such-data"], "no-such-data"),
-    (["train", "--data", "shapes", "--num-images", "5"], ""),
-    (["train", "--model", "baseline", "--freeze-base"], "no pretrained base"),
-    (["train", "--num-images", "300", "--device", "gpu:9"], "device: expected auto, cpu, gpu"),
-    (["train", "--resume", "nowhere"], "no training was begun here"),
-    (["evaluate", "--model", "nowhere"], "nowhere"),
-    (["evaluate", "--model", "text.keras"], "text.keras"),
-    (["export", "--model", "models/tiny/baseline", "--format", "onnx", "--quantize"], "--quantize"),
-    (["predict", "--model", "nowhere.onnx", "x.png"], "nowhere.onnx"),
-])
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["train", "--data", "no-such-data"], "no-such-data"),
+        (["audit", "--data", "no-such-data"], "no-such-data"),
+        (["train", "--data", "shapes", "--num-images", "5"], ""),
+        (["train", "--model", "baseline", "--freeze-base"], "no pretrained base"),
+        (
+            ["train", "--num-images", "300", "--device", "gpu:9"],
+            "device: expected auto, cpu, gpu",
+        ),
+        (["train", "--resume", "nowhere"], "no training was begun here"),
+        (["evaluate", "--model", "nowhere"], "nowhere"),
+        (["evaluate", "--model", "text.keras"], "text.keras"),
+        (
+            ["export", "--model", "models/tiny/baseline", "--format", "onnx", "--quantize"],
+            "--quantize",
+        ),
+        (["predict", "--model", "nowhere.onnx", "x.png"], "nowhere.onnx"),
+    ],
+)
 def test_bad_input_is_one_sentence(folder, words, expected):
     (folder / "text.keras").write_text("not a model")
     done = run(*words, cwd=folder, code=1)
     lines = [line for line in done.stderr.splitlines() if line.strip()]
-    assert len(lines) == 1 and lines[0].startswith("cvdl: ") and expected in lines[0], done.stderr
+    assert len(lines) == 1 and lines[0].startswith("cvdl: ") and expected in lines[0], (
+        done.stderr
+    )
 
 
-@pytest.mark.parametrize("words", [["predict", "--model", "nowhere.onnx", "x.png"], ["evaluate", "--model", "nowhere"], ["train", "--data", "no-such-data"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["predict", "--model", "nowhere.onnx", "x.png"],
+        ["evaluate", "--model", "nowhere"],
+        ["train", "--data", "no-such-data"],
+    ],
+)
 def test_what_is_missing_is_said_before_tensorflow_loads(tmp_path, words):
     code = f"""import sys, cvdl.cli
 sys.argv = ["cvdl", *{words}]
@@ -161,11 +269,18 @@ try:
     cvdl.cli.main()
 finally:
     print("tensorflow" in sys.modules)"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("cvdl: ") and done.stdout == "False\n"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (
+        done.returncode == 1 and done.stderr.startswith("cvdl: ") and done.stdout == "False\n"
+    )
 
 
-@pytest.mark.parametrize("words", [["train", "--model", "vgg"], ["export", "--model", "x", "--format", "pdf"], ["paint"]])
+@pytest.mark.parametrize(
+    "words",
+    [["train", "--model", "vgg"], ["export", "--model", "x", "--format", "pdf"], ["paint"]],
+)
 def test_a_wrong_choice_is_a_usage_error(words, tmp_path):
     run(*words, cwd=tmp_path, code=2)
 
@@ -189,8 +304,15 @@ def test_too_many_bad_files_end_a_training_before_it_begins(tmp_path):
         (tmp_path / "pets" / "a" / f"bad {index}.png").write_bytes(b"no")
     words = ["train", "--data", "pets", "--epochs", 1]
     done = run(*words, cwd=tmp_path, code=1)
-    assert re.search(r"12 of 52 files cannot be used, more than the allowed 20%: .*not an image.*max_skipped", done.stderr)
+    assert re.search(
+        r"12 of 52 files cannot be used, more than the allowed 20%: .*not an "
+        r"image.*max_skipped",
+        done.stderr,
+    )
     assert not (tmp_path / "models").exists()
-    done = run(*words, "--max-left-out", 0.5, cwd=tmp_path)
+    done = run(*words, "--max-skipped", 0.5, cwd=tmp_path)
     assert "left out 12 of 52 files" in done.stdout and "validation images" in done.stdout
-    assert "12 files left out" in run("audit", "--data", "pets", "--max-left-out", 0.5, cwd=tmp_path).stdout
+    assert (
+        "12 files left out"
+        in run("audit", "--data", "pets", "--max-skipped", 0.5, cwd=tmp_path).stdout
+    )

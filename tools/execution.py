@@ -12,7 +12,17 @@ from typing import TextIO
 import nbformat
 import papermill
 import yaml
-from common import MODELS, NOTEBOOKS, RESULTS, ROOT, Problem, chapters, duration, parameter_names, rooms, titled
+from common import (
+    MODELS,
+    NOTEBOOKS,
+    RESULTS,
+    ROOT,
+    chapters,
+    duration,
+    parameter_names,
+    rooms,
+    titled,
+)
 from jupyter_client import AsyncKernelManager
 from nbclient.exceptions import DeadKernelError
 from papermill.clientwrap import PapermillNotebookClient
@@ -20,14 +30,22 @@ from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 from tidy import settle, tidy
 
+from cvdl.core import DataError
+
 LARGEST = 300_000  # bytes of an executed notebook
 
 
 class Line:
-    "The progress line of a chapter: rewritten each second on a terminal, written once elsewhere."
+    """The progress line of a chapter: rewritten each second on a terminal, written once
+    elsewhere."""
 
     def __init__(self, label: str):
-        self.label, self.start, self.detail, self.ended = label, time.time(), "", threading.Event()
+        self.label, self.start, self.detail, self.ended = (
+            label,
+            time.time(),
+            "",
+            threading.Event(),
+        )
         self.live = sys.stdout.isatty()
         print(label, end="", flush=True)
         if self.live:
@@ -46,6 +64,7 @@ class Line:
 
 class Client(PapermillNotebookClient):
     "Papermill's client, telling the progress line where it is."
+
     line: Line = None
 
     def execute_cell(self, cell, cell_index, **options):
@@ -55,7 +74,11 @@ class Client(PapermillNotebookClient):
 
     def process_message(self, message, cell, cell_index):
         content = message["content"]
-        if message["msg_type"] == "stream" and content["name"] == "stderr" and "\r" in content["text"]:
+        if (
+            message["msg_type"] == "stream"
+            and content["name"] == "stderr"
+            and "\r" in content["text"]
+        ):
             bar = content["text"].replace("\r", "\n").strip().rsplit("\n", 1)[-1]
             self.line.detail = f"{self.place}  {bar}"  # a progress bar: shown, not kept
             content["text"] = settle(content["text"])
@@ -68,11 +91,15 @@ def engine(
     line: Line,
     log: TextIO,  # open file
 ) -> type[NBClientEngine]:
-    "A papermill engine whose client reports to `line`; what libraries write past Python goes to `log`."
+    """A papermill engine whose client reports to `line`; what libraries write past Python goes
+    to `log`."""
+
     class Engine(NBClientEngine):
         @classmethod
         def execute_managed_notebook(cls, nb_man, kernel_name, **options):
-            manager = AsyncKernelManager(kernel_name=kernel_name, transport="ipc")  # files of this user, no open ports
+            manager = AsyncKernelManager(
+                kernel_name=kernel_name, transport="ipc"
+            )  # files of this user, no open ports
             client = Client(nb_man, km=manager, kernel_name=kernel_name, startup_timeout=120)
             client.line = line
             return client.execute(cleanup_kc=True, stdout=log, stderr=log)
@@ -86,16 +113,28 @@ def environment(
     "Variables that make a kernel the same on every machine."
     startup = ipython / "profile_default" / "startup"
     startup.mkdir(parents=True, exist_ok=True)
-    # nobody sees a widget in a headless run: let progress bars be text; cvdl comes before TensorFlow, whose switches it sets
-    (startup / "start.py").write_text("import sys, cvdl, tqdm.std\nsys.modules['tqdm.autonotebook'] = tqdm.std\ndel sys, cvdl, tqdm\n")
-    return {"IPYTHONDIR": str(ipython), "JUPYTER_PREFER_ENV_PATH": "1", "JUPYTER_PATH": "",
-            "PYTHONPATH": str(ROOT), "PYDEVD_DISABLE_FILE_VALIDATION": "1", "PYTHONHASHSEED": "0", "KERAS_BACKEND": "tensorflow",
-            "MPLBACKEND": "module://matplotlib_inline.backend_inline", "TF_CPP_MIN_LOG_LEVEL": "2"}
+    # nobody sees a widget in a headless run: let progress bars be text; cvdl comes before
+    # TensorFlow, whose switches it sets
+    (startup / "start.py").write_text(
+        "import sys, cvdl, tqdm.std\nsys.modules['tqdm.autonotebook'] = tqdm.std\ndel sys, "
+        "cvdl, tqdm\n"
+    )
+    return {
+        "IPYTHONDIR": str(ipython),
+        "JUPYTER_PREFER_ENV_PATH": "1",
+        "JUPYTER_PATH": "",
+        "PYTHONPATH": str(ROOT),
+        "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+        "PYTHONHASHSEED": "0",
+        "KERAS_BACKEND": "tensorflow",
+        "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+        "TF_CPP_MIN_LOG_LEVEL": "2",
+    }
 
 
 def lock(
     run: str,
-):                # keep it: the lock ends with the file object
+):  # keep it: the lock ends with the file object
     "Make sure that nobody else works on this run; a killed predecessor gets a moment to end."
     (MODELS / run).mkdir(parents=True, exist_ok=True)
     file = open(MODELS / run / ".lock", "w")
@@ -105,15 +144,18 @@ def lock(
             return file
         except OSError:
             time.sleep(0.1)
-    raise Problem(f"Another make works on the run {run}: wait for it, or give this one a name of its own with RUN=name.")
+    raise DataError(
+        f"Another make works on the run {run}: wait for it, or give this one a name of its own "
+        "with RUN=name."
+    )
 
 
 def execute(
-    chapter: str,      # such as "00_data"
-    output: Path,      # executed notebook, written after every cell
+    chapter: str,  # such as "00_data"
+    output: Path,  # executed notebook, written after every cell
     parameters: dict,
     *,
-    models: Path,      # the run's folder
+    models: Path,  # the run's folder
     line: Line,
 ) -> None:
     "Run the notebook from the root of the repository in a kernel of this Python."
@@ -122,41 +164,64 @@ def execute(
     written.parent.mkdir(parents=True, exist_ok=True)
     with open(written, "w", encoding="utf-8") as log:
         papermill_engines.register("cvdl", engine(line, log))
-        papermill.execute_notebook(str(NOTEBOOKS / f"{chapter}.ipynb"), str(output), parameters, engine_name="cvdl",
-                                   kernel_name="python3", progress_bar=False, cwd=str(ROOT))
+        papermill.execute_notebook(
+            str(NOTEBOOKS / f"{chapter}.ipynb"),
+            str(output),
+            parameters,
+            engine_name="cvdl",
+            kernel_name="python3",
+            progress_bar=False,
+            cwd=str(ROOT),
+        )
 
 
 def explain(
     chapter: str,
     error: Exception,
     line: Line,
-) -> str:                # where and what, in one sentence
+) -> str:  # where and what, in one sentence
     "Name chapter, cell and exception; cells are counted as in the source notebook."
     if isinstance(error, PapermillExecutionError):
         index, counter = error.cell_index, f" (In [{error.exec_count}])"
         what = f"{error.ename}: {' '.join(error.evalue.split())}"
     else:
         index, counter = line.cell_index, ""
-        what = ("the kernel died, as it does when memory runs out" if isinstance(error, DeadKernelError)
-                else f"{type(error).__name__}: {' '.join(str(error).split())}")
+        what = (
+            "the kernel died, as it does when memory runs out"
+            if isinstance(error, DeadKernelError)
+            else f"{type(error).__name__}: {' '.join(str(error).split())}"
+        )
     source = nbformat.read(NOTEBOOKS / f"{chapter}.ipynb", as_version=4).cells
-    injected = next(i for i, cell in enumerate(source) if "parameters" in cell.metadata.get("tags", [])) + 1
+    injected = (
+        next(
+            i for i, cell in enumerate(source) if "parameters" in cell.metadata.get("tags", [])
+        )
+        + 1
+    )
     return f"{titled(chapter)}, cell {index + (index < injected)}{counter}: {what[:600]}"
 
 
 def run_chapter(
     chapter: str,  # such as "00_data"; or a room, such as "images/shapes"
-    run: str,      # names the folders in models/ and results/
+    run: str,  # names the folders in models/ and results/
 ) -> None:
     "Execute a chapter with its planned parameters, keep the notebook, and leave a stamp."
     started = time.time()
-    parameters = yaml.safe_load((MODELS / run / "parameters" / f"{chapter}.yml").read_text(encoding="utf-8"))
+    parameters = yaml.safe_load(
+        (MODELS / run / "parameters" / f"{chapter}.yml").read_text(encoding="utf-8")
+    )
     unknown = sorted(set(parameters) - set(parameter_names(chapter)))
     if unknown:
-        raise Problem(f"{titled(chapter)} has no parameter {unknown[0]!r}, expected one of: {', '.join(parameter_names(chapter))}.")
+        raise DataError(
+            f"{titled(chapter)} has no parameter {unknown[0]!r}, expected one of: "
+            f"{', '.join(parameter_names(chapter))}."
+        )
     final = RESULTS / run / "nbs" / f"{chapter}.ipynb"
     final.parent.mkdir(parents=True, exist_ok=True)
-    partial, failed = (final.with_name(name) for name in (f".{final.stem}.partial.ipynb", f"{final.stem}.failed.ipynb"))
+    partial, failed = (
+        final.with_name(name)
+        for name in (f".{final.stem}.partial.ipynb", f"{final.stem}.failed.ipynb")
+    )
     held = lock(run)
     names = chapters() + rooms()
     line = Line(f"[{names.index(chapter) + 1:2}/{len(names)}] {chapter:<27}")
@@ -165,16 +230,26 @@ def run_chapter(
     except Exception as error:
         os.replace(partial, failed)
         line.end(f"failed after {duration(time.time() - started)}")
-        message = f"{explain(chapter, error, line)}\nThe notebook up to there: {failed.relative_to(ROOT)}"
-        raise Problem(message) from None
+        kept = failed.relative_to(ROOT)
+        message = f"{explain(chapter, error, line)}\nThe notebook up to there: {kept}"
+        raise DataError(message) from None
     notebook = tidy(nbformat.read(partial, as_version=4))
     partial.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
     os.replace(partial, final)
     failed.unlink(missing_ok=True)
     size = final.stat().st_size
-    line.end(f"{duration(time.time() - started):>8}" + (f"  ({size / 1000:.0f} kB, more than {LARGEST / 1000:.0f})" if size > LARGEST else ""))
+    line.end(
+        f"{duration(time.time() - started):>8}"
+        + (
+            f"  ({size / 1000:.0f} kB, more than {LARGEST / 1000:.0f})"
+            if size > LARGEST
+            else ""
+        )
+    )
     stamp = MODELS / run / "stamps" / f"{chapter}.done"
     stamp.parent.mkdir(parents=True, exist_ok=True)
     stamp.touch()
-    os.utime(stamp, (started, started))  # an edit made while the chapter ran is newer than its stamp
+    os.utime(
+        stamp, (started, started)
+    )  # an edit made while the chapter ran is newer than its stamp
     held.close()

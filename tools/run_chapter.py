@@ -1,8 +1,8 @@
 """Execute one chapter or room of a run: `run_chapter.py 00_data quick`.
 
-The executed notebook gets its name when the chapter is finished, the stamp is written after that. A killed chapter
-leaves neither, so make starts it again. This file is the light door: it is ready to be stopped before the heavy
-imports begin.
+The executed notebook gets its name when the chapter is finished, the stamp is written after
+that. A killed chapter leaves neither, so make starts it again. This file is the light door: it
+is ready to be stopped before the heavy imports begin.
 """
 
 import os
@@ -14,7 +14,8 @@ from common import main
 
 
 def end_with_parent() -> None:
-    "Stop when make is gone, also if it was killed without a word; the kernel watches this process likewise."
+    """Stop when make is gone, also if it was killed without a word; the kernel watches this
+    process likewise."""
     parent = os.getppid()
 
     def watch():
@@ -33,7 +34,7 @@ def stop(*_) -> None:
 
 def run_chapter(
     chapter: str,  # such as "00_data"
-    run: str,      # names the folders in models/ and results/
+    run: str,  # names the folders in models/ and results/
 ) -> None:
     "Hand over to `execution`, whose imports take a second."
     from execution import run_chapter

@@ -1,4 +1,5 @@
-"Make an executed notebook fit to keep: no machine paths, no timings, no progress bars, no log noise, small pictures."
+"""Make an executed notebook fit to keep: no machine paths, no timings, no progress bars, no log
+noise, small pictures."""
 
 import base64
 import io
@@ -8,20 +9,27 @@ from nbformat import NotebookNode
 from PIL import Image
 
 # a tqdm bar; the lines that TensorFlow's C++ parts write before Python can ask them not to
-NOISE = re.compile(r"\d+%\|.*\||\d+\w* \[\d\d:\d\d, .*\]|^WARNING: All log messages before absl|^To enable the following instructions|^[IWE]\d{4} \d\d:\d\d"
-                   r"|^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+: [IWE] ")
-RETRACED = re.compile(r"^WARNING:tensorflow:.* triggered tf\.function retracing.*\n?", re.MULTILINE)  # where a lesson compiles in a loop
+NOISE = re.compile(
+    r"\d+%\|.*\||\d+\w* \[\d\d:\d\d, .*\]|^WARNING: All log messages before absl|^To enable "
+    r"the following instructions|^[IWE]\d{4} \d\d:\d\d"
+    r"|^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+: [IWE] "
+)
+RETRACED = re.compile(
+    r"^WARNING:tensorflow:.* triggered tf\.function retracing.*\n?", re.MULTILINE
+)  # where a lesson compiles in a loop
 ESCAPE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # colors, and the cursor moves of nested bars
 ADDRESS = re.compile(r"(?<= at )0x[0-9a-f]{6,}")
 STYLER = re.compile(r"\bT_[0-9a-f]{5}(?=_|\b)")  # pandas draws a new name for each styled table
-CELL = re.compile(r' id="(T_\w+_(?:row|col)\d+)"')  # pandas names every cell, for styles that few of them have
+CELL = re.compile(
+    r' id="(T_\w+_(?:row|col)\d+)"'
+)  # pandas names every cell, for styles that few of them have
 LARGE = 9_000  # bytes of a picture; above, a palette is enough
 COLORS = 128  # of that palette
 
 
 def settle(
     text: str,  # what was written to a terminal
-) -> str:       # what stays readable on it
+) -> str:  # what stays readable on it
     "Apply carriage returns, drop progress bars and log noise."
     kept = []
     for line in ESCAPE.sub("", text).split("\n"):
@@ -33,7 +41,7 @@ def settle(
 
 def small_png(
     encoded: str,  # base64 of a PNG file
-) -> str:          # base64 of the picture, packed better
+) -> str:  # base64 of the picture, packed better
     "Compress a picture again without loss; one that stays large gets a palette."
     versions = [base64.b64decode(encoded)]
     with Image.open(io.BytesIO(versions[0])) as image:
@@ -49,7 +57,11 @@ def short_table(
     text: str,  # HTML, or anything else
 ) -> str:
     "Forget the names of table cells that no style asks for."
-    styled = {name for rules in re.findall(r"<style.*?</style>", text, re.DOTALL) for name in re.findall(r"#(T_\w+)", rules)}
+    styled = {
+        name
+        for rules in re.findall(r"<style.*?</style>", text, re.DOTALL)
+        for name in re.findall(r"#(T_\w+)", rules)
+    }
     return CELL.sub(lambda found: found[0] if found[1] in styled else "", text)
 
 
@@ -80,20 +92,33 @@ def tidy_outputs(
         if "image/png" in output.get("data", {}):
             output.data["image/png"] = small_png(output.data["image/png"])
         for kind in {"text/plain", "text/html"} & set(output.get("data", {})):
-            output.data[kind] = short_table(STYLER.sub(f"T_{name}{len(tidied):02}", ADDRESS.sub("0x0", output.data[kind])))
+            output.data[kind] = short_table(
+                STYLER.sub(f"T_{name}{len(tidied):02}", ADDRESS.sub("0x0", output.data[kind]))
+            )
         tidied.append(output)
     for stream in streams.values():
         stream.text = RETRACED.sub("", settle(stream.text))
         if stream.name == "stderr":
-            stream.text = "".join(line for line in stream.text.splitlines(True) if line.strip() and not NOISE.search(line))
-    return [output for output in tidied if output.output_type != "stream" or output.text.strip()]
+            stream.text = "".join(
+                line
+                for line in stream.text.splitlines(True)
+                if line.strip() and not NOISE.search(line)
+            )
+    return [
+        output for output in tidied if output.output_type != "stream" or output.text.strip()
+    ]
 
 
 def tidy(
     notebook: NotebookNode,  # executed by papermill; changed in place
 ) -> NotebookNode:
-    "Keep sources, outputs and tags; drop what papermill and the kernel noted about this machine."
-    notebook.metadata = {key: notebook.metadata[key] for key in ("kernelspec", "language_info") if key in notebook.metadata}
+    """Keep sources, outputs and tags; drop what papermill and the kernel noted about this
+    machine."""
+    notebook.metadata = {
+        key: notebook.metadata[key]
+        for key in ("kernelspec", "language_info")
+        if key in notebook.metadata
+    }
     for index, cell in enumerate(notebook.cells):
         tags = cell.metadata.get("tags", [])
         cell.metadata = NotebookNode({"tags": tags} if tags else {})

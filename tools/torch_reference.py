@@ -1,7 +1,10 @@
-"""Training speed of the network that holds the CIFAR-10 speed records (Jordan 2024), in PyTorch: what `fast_cnn` is compared with.
+"""Training speed, in PyTorch, of the network of the CIFAR-10 speed records (Jordan 2024).
 
-`python tools/torch_reference.py [batches]`, in an environment that has PyTorch; prints one line of JSON. Only the speed is measured,
-on random pixels: the published recipe is 9.9 epochs of 50 000 images in batches of 1 024, and its seconds follow from it.
+It is what `fast_cnn` is compared with.
+
+`python tools/torch_reference.py [batches]`, in an environment that has PyTorch; prints one line
+of JSON. Only the speed is measured, on random pixels: the published recipe is 9.9 epochs of
+50 000 images in batches of 1 024, and its seconds follow from it.
 """
 
 import json
@@ -23,7 +26,9 @@ class Group(nn.Module):
         super().__init__()
         self.first = nn.Conv2d(entering, leaving, 3, padding=1, bias=False)
         self.second = nn.Conv2d(leaving, leaving, 3, padding=1, bias=False)
-        self.norms = nn.ModuleList(nn.BatchNorm2d(leaving, eps=1e-12, momentum=0.4) for _ in range(2))
+        self.norms = nn.ModuleList(
+            nn.BatchNorm2d(leaving, eps=1e-12, momentum=0.4) for _ in range(2)
+        )
         for norm in self.norms:
             norm.weight.requires_grad = False
 
@@ -33,7 +38,8 @@ class Group(nn.Module):
 
 
 class Network(nn.Module):
-    "A frozen first layer of 2×2 patches, three groups, a linear head on the largest activations."
+    """A frozen first layer of 2×2 patches, three groups, a linear head on the largest
+    activations."""
 
     def __init__(self):
         super().__init__()
@@ -56,7 +62,9 @@ def measure(batches: int) -> dict:
             layer.float()
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.SGD(weights, lr=1e-3, momentum=0.85, nesterov=True)
-    pixels = torch.rand(BATCH, 3, 32, 32).to(torch.bfloat16).to(memory_format=torch.channels_last)
+    pixels = (
+        torch.rand(BATCH, 3, 32, 32).to(torch.bfloat16).to(memory_format=torch.channels_last)
+    )
     labels, seconds = torch.randint(0, 10, (BATCH,)), []
     for _ in range(batches + 2):
         started = time.perf_counter()
@@ -65,9 +73,14 @@ def measure(batches: int) -> dict:
         loss.backward()
         optimizer.step()
         seconds.append(time.perf_counter() - started)
-    rate = BATCH / statistics.median(seconds[2:])        # the first steps prepare kernels
-    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "images_per_second": rate,
-            "seconds": EPOCHS * IMAGES / rate, "parameters": sum(weight.numel() for weight in weights)}
+    rate = BATCH / statistics.median(seconds[2:])  # the first steps prepare kernels
+    return {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "images_per_second": rate,
+        "seconds": EPOCHS * IMAGES / rate,
+        "parameters": sum(weight.numel() for weight in weights),
+    }
 
 
 if __name__ == "__main__":
