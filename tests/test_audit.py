@@ -1,4 +1,4 @@
-"The audit on CIFAR-10-like pictures: planted copies are found, other pictures are not called copies; and each other finding on hand-made cases."
+"Planted copies are found, other pictures are not called copies; other findings on made cases."
 
 import cv2
 import numpy as np
@@ -6,15 +6,14 @@ import pytest
 
 from cvdl.core import Images, cvdl_home
 from cvdl.data import load
-from cvdl.images.audit import (
-    audit,
+from cvdl.images.audit import audit, show_outliers
+from cvdl.images.duplicates import (
     dct_descriptors,
     find_near_duplicates,
     shifted_correlation,
-    show_outliers,
     thumbnails,
 )
-from cvdl.images.reading import LazyPixels
+from cvdl.images.pixels import LazyPixels
 from cvdl.images.shapes import SHAPE_CLASSES, draw_shapes
 
 PLANTED = 50
@@ -26,18 +25,26 @@ def named(images, labels=None, **others):
     return Images(images, labels, np.arange(len(images)).astype(str), **others)
 
 
+def as_jpeg(image, quality):
+    "The image, saved as JPEG and read again."
+    encoded = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
+    return cv2.imdecode(encoded, cv2.IMREAD_COLOR)
+
+
 def changed(image, rng):
     "A copy: shifted, brighter or darker, saved as JPEG."
     rows, columns = rng.integers(-3, 4, 2)
-    moved = cv2.warpAffine(image, np.float32([[1, 0, columns], [0, 1, rows]]), image.shape[1::-1], borderMode=cv2.BORDER_REFLECT)
+    matrix = np.float32([[1, 0, columns], [0, 1, rows]])
+    moved = cv2.warpAffine(image, matrix, image.shape[1::-1], borderMode=cv2.BORDER_REFLECT)
     brighter = np.clip(moved * rng.uniform(0.8, 1.25), 0, 255).astype(np.uint8)
-    return cv2.imdecode(cv2.imencode(".jpg", brighter, [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(60, 95))])[1], cv2.IMREAD_COLOR)
+    return as_jpeg(brighter, int(rng.integers(60, 95)))
 
 
 def small_pictures(number, seed):
     "Drawn images made small, as the photos of CIFAR-10 were: without noise of single pixels."
     drawn = draw_shapes(number, size=96, seed=seed)
-    images = np.stack([cv2.resize(image, (32, 32), interpolation=cv2.INTER_AREA) for image in drawn.images])
+    images = np.stack([cv2.resize(image, (32, 32), interpolation=cv2.INTER_AREA)
+                       for image in drawn.images])
     return Images(images, drawn.labels, drawn.ids)
 
 
@@ -46,12 +53,14 @@ def noisy_pictures(number, seed):
 
 
 def planted(train, test, classes, seed):
-    "How many planted copies the audit finds, and the share of the other images, test and training, that it calls copies of each other."
+    "Planted copies found, and the share of other images (test, training) called copies."
     rng, images = np.random.default_rng(seed), train.images.copy()
     images[:PLANTED] = [changed(image, rng) for image in test.images[:PLANTED]]
-    found = audit({"train": Images(images, train.labels, train.ids), "test": test}, classes, progress=False)
-    correct, leaked = found.leaks("test", "train"), found.leaks("train", "test")
-    false_alarms = max((leaked >= PLANTED).sum() / (len(test) - PLANTED), (correct >= PLANTED).sum() / (len(train) - PLANTED))
+    parts = {"train": Images(images, train.labels, train.ids), "test": test}
+    findings = audit(parts, classes, progress=False)
+    correct, leaked = findings.leaks("test", "train"), findings.leaks("train", "test")
+    false_alarms = max((leaked >= PLANTED).sum() / (len(test) - PLANTED),
+                       (correct >= PLANTED).sum() / (len(train) - PLANTED))
     return (correct < PLANTED).sum(), false_alarms
 
 
@@ -68,12 +77,13 @@ def test_planted_copies_are_found_in_cifar10(seed):
 @pytest.mark.parametrize("pictures", [small_pictures, noisy_pictures])
 def test_planted_copies_are_found_in_drawn_images(pictures, seed):
     "At least 48 of 50 for every seed, not on the average."
-    correct, false_alarms = planted(pictures(300, 100 + seed), pictures(150, 200 + seed), SHAPE_CLASSES, seed)
+    train, test = pictures(300, 100 + seed), pictures(150, 200 + seed)
+    correct, false_alarms = planted(train, test, SHAPE_CLASSES, seed)
     assert correct >= 48 and false_alarms <= 0.01
 
 
 def seascapes(number, *, sharp=False):
-    "One sky over one sea, and on each picture other small things: different scenes that share most of their pixels."
+    "One sky over one sea, with other small things on each: scenes that share most pixels."
     rng, height = np.random.default_rng(0), np.linspace(-3, 3, 32)[:, None, None]
     ground = 130 - 90 * (np.sign(height) if sharp else np.tanh(height))
     images = np.repeat(ground.repeat(32, 1).repeat(3, 2)[None], number, axis=0)
@@ -83,47 +93,58 @@ def seascapes(number, *, sharp=False):
     return np.clip(images, 0, 255).astype(np.uint8)
 
 
+def correlations(image, others, **options):
+    return [shifted_correlation(image, other, **options) for other in others]
+
+
 def test_a_common_horizon_makes_no_copy():
     "Descriptors and whole pictures agree; only the details tell these scenes apart."
     scenes = seascapes(6)
-    assert min(shifted_correlation(scenes[0], other) for other in scenes[1:]) > 0.95 > 0.6 > max(shifted_correlation(scenes[0], other, details=True) for other in scenes[1:])
+    assert min(correlations(scenes[0], scenes[1:])) > 0.95
+    assert max(correlations(scenes[0], scenes[1:], details=True)) < 0.6
     assert len(find_near_duplicates(scenes, details=-1, progress=False)) == 15
     assert len(find_near_duplicates(scenes, progress=False)) == 0
 
 
 def test_a_sharp_horizon_is_no_detail():
-    "It is the strongest detail of these scenes; without the mean of its row each tells them apart, and stripes alone still match."
+    "The strongest detail of these scenes is left out; stripes alone still match."
     scenes = seascapes(6, sharp=True)
-    assert max(shifted_correlation(scenes[0], other, details=True) for other in scenes[1:]) < 0.5
+    assert max(correlations(scenes[0], scenes[1:], details=True)) < 0.5
     assert len(find_near_duplicates(scenes, progress=False)) == 0
     assert shifted_correlation(scenes[0], np.roll(scenes[0], 1, axis=1), details=True) > 0.9
-    stripes = np.random.default_rng(0).integers(0, 256, (32, 1, 1)).repeat(32, 1).repeat(3, 2).astype(np.uint8)
+    column = np.random.default_rng(0).integers(0, 256, (32, 1, 1))
+    stripes = column.repeat(32, 1).repeat(3, 2).astype(np.uint8)
     assert shifted_correlation(stripes, np.roll(stripes, 1, axis=0), details=True) > 0.9
-    saved = cv2.imdecode(cv2.imencode(".jpg", np.swapaxes(stripes, 0, 1), [cv2.IMWRITE_JPEG_QUALITY, 60])[1], cv2.IMREAD_COLOR)
-    assert shifted_correlation(np.swapaxes(stripes, 0, 1), saved, details=True) > 0.9
+    upright = np.swapaxes(stripes, 0, 1)
+    assert shifted_correlation(upright, as_jpeg(upright, 60), details=True) > 0.9
 
 
 def test_fine_colors_that_jpeg_loses_do_not_count():
     "Fine brightness is kept by JPEG, fine color is not: a copy without it is a copy."
-    rng = np.random.default_rng(0)
-    colors = rng.integers(-60, 61, (32, 32, 3))
-    image = np.clip(draw_shapes(1, seed=5).images[0] * 0.5 + 64 + colors - colors.mean(axis=-1, keepdims=True), 0, 255).astype(np.uint8)
-    copy = cv2.imdecode(cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 60])[1], cv2.IMREAD_COLOR)
-    assert shifted_correlation(image, copy, details=True) > 0.78 and len(find_near_duplicates(np.stack([image, copy]), progress=False)) == 1
+    colors = np.random.default_rng(0).integers(-60, 61, (32, 32, 3))
+    colors = colors - colors.mean(axis=-1, keepdims=True)
+    image = draw_shapes(1, seed=5).images[0] * 0.5 + 64 + colors
+    image = np.clip(image, 0, 255).astype(np.uint8)
+    copy = as_jpeg(image, 60)
+    assert shifted_correlation(image, copy, details=True) > 0.78
+    assert len(find_near_duplicates(np.stack([image, copy]), progress=False)) == 1
 
 
 def test_a_match_does_not_depend_on_the_order():
     images = draw_shapes(8, seed=0).images
     for details in (False, True):
-        assert all(shifted_correlation(a, b, details=details) == shifted_correlation(b, a, details=details) for a, b in zip(images[:4], images[4:]))
+        for a, b in zip(images[:4], images[4:], strict=True):
+            forward = shifted_correlation(a, b, details=details)
+            assert forward == shifted_correlation(b, a, details=details)
 
 
 def test_equal_details_alone_make_no_copy():
-    "The same small things, once on a ground that brightens downward and once to the right: the whole picture must match as well."
+    "The same small things on a ground that brightens downward, and on one to the right."
     things, ramp = np.zeros((32, 32, 3)), np.linspace(60, 200, 32)[:, None, None]
     for row, column in np.random.default_rng(0).integers(3, 27, (12, 2)):
         things[row : row + 3, column : column + 3] += 25
-    both = np.clip(np.stack([ramp + things, np.swapaxes(ramp, 0, 1) + things]), 0, 255).astype(np.uint8)
+    both = np.stack([ramp + things, np.swapaxes(ramp, 0, 1) + things])
+    both = np.clip(both, 0, 255).astype(np.uint8)
     assert shifted_correlation(*both, details=True) > 0.78 > shifted_correlation(*both)
     assert len(find_near_duplicates(both, candidate=-1, match=-1, progress=False)) == 1
     assert len(find_near_duplicates(both, candidate=-1, progress=False)) == 0
@@ -137,37 +158,44 @@ def test_blocks_of_the_search_meet_each_other():
         images[copy] = np.roll(images[original], 1, axis=0)
     for block in (4, 40, 4000):
         pairs = find_near_duplicates(images, block=block, progress=False)
-        assert sorted(zip(pairs["index_a"], pairs["index_b"])) == copies
+        assert sorted(zip(pairs["index_a"], pairs["index_b"], strict=True)) == copies
     assert len(find_near_duplicates(images[:0], progress=False)) == 0
 
 
 def test_descriptors_beside_the_middle_are_those_of_moved_images():
     images = draw_shapes(20, seed=0).images
     moved = dct_descriptors(np.roll(images, (3, -3), (1, 2)))[0]
-    assert np.allclose(dct_descriptors(images, shifts=(0, -3, 3))[5], moved, atol=0.1)  # rows by -3, columns by 3, in the order of the shifts
+    beside = dct_descriptors(images, shifts=(0, -3, 3))
+    assert np.allclose(beside[5], moved, atol=0.1)  # rows by -3, columns by 3
     assert not np.allclose(dct_descriptors(images)[0], moved, atol=0.1)
     assert not dct_descriptors(np.full((1, 32, 32, 3), 77, np.uint8)).any()
 
 
 def test_blank_images_are_found_and_are_no_copies():
     images = draw_shapes(40, seed=0).images.copy()
+    stripes = np.arange(32)[None, :, None] % 2
     images[3], images[8] = 77, 200
-    images[9] = 100 + np.arange(32)[None, :, None] % 2 * 6  # 100 and 106: a deviation of 3 gray levels
-    images[10] = 100 + np.arange(32)[None, :, None] % 2 * 10  # of 5
-    found = audit({"train": named(images[:9]), "test": named(images[9:])}, ("only",), progress=False)
-    assert list(zip(found.blank["part"], found.blank["index"])) == [("train", 3), ("train", 8), ("test", 0)]
-    assert np.allclose(found.blank["contrast"], [0, 0, 3]) and len(found.pairs) == 0
-    texts = [text.get_text() for text in show_outliers(found, found.blank).texts]
-    assert texts == ["train: only\ncontrast 0.0", "train: only\ncontrast 0.0", "test: only\ncontrast 3.0"]
+    images[9] = 100 + stripes * 6  # 100 and 106: a deviation of 3 gray levels
+    images[10] = 100 + stripes * 10  # of 5
+    parts = {"train": named(images[:9]), "test": named(images[9:])}
+    findings = audit(parts, ("only",), progress=False)
+    blank = list(zip(findings.blank["part"], findings.blank["index"], strict=True))
+    assert blank == [("train", 3), ("train", 8), ("test", 0)]
+    assert np.allclose(findings.blank["contrast"], [0, 0, 3]) and len(findings.pairs) == 0
+    texts = [text.get_text() for text in show_outliers(findings, findings.blank).texts]
+    assert texts == ["train: only\ncontrast 0.0", "train: only\ncontrast 0.0",
+                     "test: only\ncontrast 3.0"]
 
 
 def test_drift_is_seen_and_chance_is_not():
     images = draw_shapes(600, seed=0).images
     brighter = np.clip(images[400:].astype(int) + 20, 0, 255).astype(np.uint8)
-    same, moved = (audit({"train": named(images[:400]), "test": named(each)}, ("only",), progress=False).drift for each in (images[400:], brighter))
+    same, moved = (audit({"train": named(images[:400]), "test": named(test)}, ("only",),
+                         progress=False).drift for test in (images[400:], brighter))
     assert not same["drifts"].any()
-    seen = moved.set_index("statistic")
-    assert seen.loc["brightness", "drifts"] and seen.loc["brightness", "difference"] > 0.5 and not seen.loc["contrast", "drifts"]
+    moved = moved.set_index("statistic")
+    assert moved.loc["brightness", "drifts"] and moved.loc["brightness", "difference"] > 0.5
+    assert not moved.loc["contrast", "drifts"]
 
 
 def test_conflicts_are_pairs_with_different_labels():
@@ -175,9 +203,12 @@ def test_conflicts_are_pairs_with_different_labels():
     images[20], images[21], images[22] = images[0], np.roll(images[1], 1, axis=1), images[2]
     labels = np.zeros(30, int)
     labels[[20, 21]] = 1  # one exact and one near copy with another label; the third agrees
-    found = audit({"train": named(images[:15], labels[:15]), "test": named(images[15:], labels[15:])}, ("one", "two"), progress=False)
-    assert len(found.pairs) == 3
-    assert [(row.index_a, row.label_a, row.index_b, row.label_b, row.kind) for row in found.conflicts.itertuples()] == [(0, 0, 5, 1, "exact"), (1, 0, 6, 1, "near")]
+    parts = {"train": named(images[:15], labels[:15]), "test": named(images[15:], labels[15:])}
+    findings = audit(parts, ("one", "two"), progress=False)
+    assert len(findings.pairs) == 3
+    columns = ["index_a", "label_a", "index_b", "label_b", "kind"]
+    conflicts = findings.conflicts[columns].to_numpy().tolist()
+    assert conflicts == [[0, 0, 5, 1, "exact"], [1, 0, 6, 1, "near"]]
 
 
 def test_counts_of_the_summary_are_those_of_the_findings():
@@ -188,13 +219,23 @@ def test_counts_of_the_summary_are_those_of_the_findings():
     sizes[[7, 41]] = [900, 20], [8, 8]
     labels = np.arange(60) % 2
     cuts = {"train": slice(40), "validation": slice(40, 50), "test": slice(50, 60)}
-    parts = {name: named(images[rows], labels[rows], sizes=sizes[rows]) for name, rows in cuts.items()}
-    summary = audit(parts, ("even", "odd"), few=25, progress=False).summary().set_index("finding")
-    expected = {"validation images with an exact copy in train": (1, 10), "validation images with a near copy in train": (0, 10),
-                "test images with an exact copy in train": (0, 10), "test images with a near copy in train": (1, 10),
-                "images with a copy in their own part": (0, 60), "pairs of copies with different labels": (0, 2),
-                "blank images": (1, 60), "images of odd size": (2, 60), "classes with few training images": (2, 2)}
-    assert {name: tuple(summary.loc[name, ["count", "of"]].astype(int)) for name in expected} == expected
+    parts = {name: named(images[rows], labels[rows], sizes=sizes[rows])
+             for name, rows in cuts.items()}
+    findings = audit(parts, ("even", "odd"), few=25, progress=False)
+    summary = findings.summary().set_index("finding")
+    expected = {
+        "validation images with an exact copy in train": (1, 10),
+        "validation images with a near copy in train": (0, 10),
+        "test images with an exact copy in train": (0, 10),
+        "test images with a near copy in train": (1, 10),
+        "images with a copy in their own part": (0, 60),
+        "pairs of copies with different labels": (0, 2),
+        "blank images": (1, 60),
+        "images of odd size": (2, 60),
+        "classes with few training images": (2, 2),
+    }
+    counts = {name: tuple(summary.loc[name, ["count", "of"]].astype(int)) for name in expected}
+    assert counts == expected
 
 
 def test_memory_does_not_hold_the_pictures(tmp_path):
@@ -203,57 +244,68 @@ def test_memory_does_not_hold_the_pictures(tmp_path):
     (tmp_path / "pixels.bin").write_bytes(images.tobytes())
     lazy = LazyPixels(tmp_path / "pixels.bin", 96)
     small = np.concatenate(list(thumbnails(lazy)))
-    assert small.shape == (30, 32, 32, 3) and abs(small.astype(int) - images.reshape(30, 32, 3, 32, 3, 3).mean(axis=(2, 4))).max() <= 1
-    one, two = (audit({"train": Images(each, np.zeros(30, int), np.arange(30).astype(str))}, ("only",), progress=False) for each in (lazy, images))
-    assert one.statistics.equals(two.statistics) and one.pairs.equals(two.pairs)
+    means = images.reshape(30, 32, 3, 32, 3, 3).mean(axis=(2, 4))
+    assert small.shape == (30, 32, 32, 3) and abs(small.astype(int) - means).max() <= 1
+    on_disk, in_memory = (audit({"train": named(pixels)}, ("only",), progress=False)
+                          for pixels in (lazy, images))
+    assert on_disk.statistics.equals(in_memory.statistics)
+    assert on_disk.pairs.equals(in_memory.pairs)
 
 
 def test_pictures_on_disk_are_audited_alike(tmp_path):
     train, test = draw_shapes(300, seed=1), draw_shapes(50, seed=2)
     images = np.concatenate([train.images[:290], test.images[:10]])
     (tmp_path / "pixels.bin").write_bytes(images.tobytes())
-    lazy = Images(LazyPixels(tmp_path / "pixels.bin", 32), train.labels, train.ids)
-    one, two = (audit({"train": each, "test": test}, SHAPE_CLASSES, progress=False) for each in (lazy, Images(images, train.labels, train.ids)))
-    assert one.leaks("train", "test").tolist() == two.leaks("train", "test").tolist() == list(range(10))
-    assert one.pairs.equals(two.pairs)
+    lazy = LazyPixels(tmp_path / "pixels.bin", 32)
+    trains = [Images(pixels, train.labels, train.ids) for pixels in (lazy, images)]
+    on_disk, in_memory = (audit({"train": train, "test": test}, SHAPE_CLASSES, progress=False)
+                          for train in trains)
+    assert on_disk.leaks("train", "test").tolist() == list(range(10))
+    assert in_memory.leaks("train", "test").tolist() == list(range(10))
+    assert on_disk.pairs.equals(in_memory.pairs)
 
 
 def test_many_equal_images_do_not_make_a_million_pairs():
     images = np.repeat(draw_shapes(2, seed=0).images, 500, axis=0)
-    found = audit({"train": Images(images, np.repeat([0, 1], 500), np.arange(1000).astype(str))}, SHAPE_CLASSES[:2], progress=False)
-    assert len(found.pairs) == 998 and set(found.pairs["kind"]) == {"exact"}
+    parts = {"train": named(images, np.repeat([0, 1], 500))}
+    pairs = audit(parts, SHAPE_CLASSES[:2], progress=False).pairs
+    assert len(pairs) == 998 and set(pairs["kind"]) == {"exact"}
 
 
 def test_imbalance_small_classes_and_odd_sizes():
     drawn = draw_shapes(200, seed=3)
     sizes = np.full((200, 2), 100)
     sizes[7] = 5, 4000
-    images = Images(drawn.images, np.minimum(np.arange(200) // 190, 1), drawn.ids, sizes=sizes)
-    found = audit({"train": images}, ("many", "few"), progress=False)
-    assert found.imbalance == 19 and found.small == ("few",) and found.outliers["index"].tolist() == [7]
+    labels = np.minimum(np.arange(200) // 190, 1)
+    images = Images(drawn.images, labels, drawn.ids, sizes=sizes)
+    findings = audit({"train": images}, ("many", "few"), progress=False)
+    assert findings.imbalance == 19 and findings.small == ("few",)
+    assert findings.outliers["index"].tolist() == [7]
 
 
 def test_unknown_part_is_an_error():
-    found = audit({"train": draw_shapes(20, seed=0)}, SHAPE_CLASSES, progress=False)
+    findings = audit({"train": draw_shapes(20, seed=0)}, SHAPE_CLASSES, progress=False)
     with pytest.raises(ValueError, match="'exam'"):
-        found.leaks("train", "exam")
+        findings.leaks("train", "exam")
 
 
 def test_every_copy_of_a_tested_image_is_a_leak():
     train, validation, test = (draw_shapes(40, seed=seed) for seed in range(3))
     training, validating = train.images.copy(), validation.images.copy()
-    training[[0, 1]] = test.images[0]                     # twice in one part
-    training[2] = validating[5] = test.images[7]          # in all three parts
+    training[[0, 1]] = test.images[0]  # twice in one part
+    training[2] = validating[5] = test.images[7]  # in all three parts
     training[[3, 4]] = np.roll(test.images[9], 1, axis=1)  # near, twice
-    found = audit({"train": Images(training, train.labels, train.ids), "validation": Images(validating, validation.labels, validation.ids), "test": test},
-                  SHAPE_CLASSES, progress=False)
-    assert found.leaks("test", "train").tolist() == [0, 1, 2, 3, 4]
-    assert found.leaks("test", "validation").tolist() == [5] and found.leaks("validation", "test").tolist() == [7]
-    assert found.leaks("train", "test").tolist() == [0, 7, 9]
+    parts = {"train": Images(training, train.labels, train.ids),
+             "validation": Images(validating, validation.labels, validation.ids), "test": test}
+    findings = audit(parts, SHAPE_CLASSES, progress=False)
+    assert findings.leaks("test", "train").tolist() == [0, 1, 2, 3, 4]
+    assert findings.leaks("test", "validation").tolist() == [5]
+    assert findings.leaks("validation", "test").tolist() == [7]
+    assert findings.leaks("train", "test").tolist() == [0, 7, 9]
 
 
 def test_equal_images_near_other_equal_images_make_few_pairs():
     image = draw_shapes(1, seed=0).images[0]
     images = np.stack([image] * 100 + [np.roll(image, 1, axis=1)] * 100)
-    found = audit({"train": Images(images, np.zeros(200, int), np.arange(200).astype(str))}, SHAPE_CLASSES, progress=False)
-    assert len(found.pairs) < 500 and set(found.pairs["kind"]) == {"exact", "near"}
+    pairs = audit({"train": named(images)}, SHAPE_CLASSES, progress=False).pairs
+    assert len(pairs) < 500 and set(pairs["kind"]) == {"exact", "near"}

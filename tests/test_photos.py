@@ -1,4 +1,4 @@
-"A user's own photos: a folder that trains, with a damaged file in it, and folders that cannot be used."
+"A user's own photos: a folder with a damaged file, and folders that cannot be used."
 
 import json
 import re
@@ -12,8 +12,8 @@ from cvdl.images.shapes import draw_shapes
 
 
 @pytest.mark.parametrize("problem, expected", [
-    ("no such name", "no-such-data"), ("empty folder", "empty"), ("one class", "one class"), ("one damaged file", "damaged"),
-    ("many damaged files", "max_skipped"),
+    ("no such name", "no-such-data"), ("empty folder", "empty"), ("one class", "one class"),
+    ("one damaged file", "damaged"), ("many damaged files", "max_skipped"),
 ])
 def test_data_that_cannot_be_used_is_one_sentence(experiments, tmp_path, problem, expected):
     folder = tmp_path / "photos"
@@ -30,8 +30,9 @@ def test_data_that_cannot_be_used_is_one_sentence(experiments, tmp_path, problem
                 Image.fromarray(image).save(folder / ("cat", "dog")[index % 2] / f"{index}.png")
                 (folder / "dog" / f"bad {index}.png").write_bytes(b"not a picture")
     done = make(experiments, "chapters", f"DATA={folder}", "RUN=wrong", "PROFILE=tiny", code=2)
-    said = done.stderr.splitlines()
-    assert re.match(r"chapter 00_data, cell \d+ \(In \[\d+\]\): DataError: \S", said[0]) and len(said) == 3
+    lines = done.stderr.splitlines()
+    assert re.match(r"chapter 00_data, cell \d+ \(In \[\d+\]\): DataError: \S", lines[0])
+    assert len(lines) == 3
 
 
 def test_a_folder_of_photos_trains_and_names_the_damaged_file(experiments, tmp_path):
@@ -41,11 +42,13 @@ def test_a_folder_of_photos_trains_and_names_the_damaged_file(experiments, tmp_p
         folder.mkdir(parents=True)
         for i in range(12):
             mode = ["RGB", "L", "RGBA"][i % 3]
-            pixels = rng.integers(0, 80, (30 + 7 * i, 90 - 5 * i, 3)) + 80 * np.eye(3, dtype=int)[index]
+            color = 80 * np.eye(3, dtype=int)[index]
+            pixels = rng.integers(0, 80, (30 + 7 * i, 90 - 5 * i, 3)) + color
             Image.fromarray(pixels.astype(np.uint8)).convert(mode).save(folder / f"{i}.png")
     (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 no more")
 
-    make(experiments, "models/photos/stamps/05_evaluation.done", "PROFILE=brief", f"DATA={tmp_path / 'my photos'}", "RUN=photos")
+    make(experiments, "models/photos/stamps/05_evaluation.done", "PROFILE=brief",
+         f"DATA={tmp_path / 'my photos'}", "RUN=photos")
 
     results = experiments / "results" / "photos"
     (entry,) = json.loads((results / "data.json").read_text())["skipped_files"]
