@@ -25,153 +25,223 @@ def gather(
 ) -> dict[str, dict]:    # module -> what its chapter wrote
     "Read the files of a run; raise `DataError` when one is missing or they are not of one run."
     files = {module: read_json(Path(folder) / f"{module}.json") for module in MODULES}
-    for what, read in {"data": lambda source: source["data"]["fingerprint"], "seed": lambda source: source["seed"]}.items():
-        values = {module: read(content["provenance"]) for module, content in files.items()}
-        odd = next((module for module in MODULES if values[module] != values["data"]), None)
-        if odd:
-            raise DataError(f"{odd}.json was written with {what} {values[odd]}, data.json with {values['data']}: "
-                            "run the chapters again, in order.")
+    sources = {module: content["provenance"] for module, content in files.items()}
+    fingerprints = {module: source["data"]["fingerprint"] for module, source in sources.items()}
+    seeds = {module: source["seed"] for module, source in sources.items()}
+    for what, values in (("data", fingerprints), ("seed", seeds)):
+        for module in MODULES:
+            if values[module] != values["data"]:
+                raise DataError(f"{module}.json was written with {what} {values[module]}, "
+                                "data.json "
+                                f"with {values['data']}: run the chapters again, in order.")
     return files
 
 # %% ../nbs/10_report.ipynb #9fc8dc42
+_NAMED_VERSIONS = ("python", "tensorflow", "keras", "numpy", "onnxruntime", "ai-edge-litert")
+
+
 def conditions(
     files: Mapping[str, Mapping],  # from `gather`
 ) -> dict[str, str]:               # what -> value, ready to print
-    "Under which conditions the numbers of a run were measured."
-    source, counts = files["evaluation"]["provenance"], files["data"]["counts"]
-    machine = source["hardware"]
-    versions = {name: version for name, version in source["versions"].items()
-                if name in ("python", "tensorflow", "keras", "numpy", "onnxruntime", "ai-edge-litert")}
-    sizes = ", ".join(f"{sum(per_class.values()):,} {part}" for part, per_class in counts.items())
-    return {"data": f"{source['data']['name']} ({sizes} images), fingerprint {source['data']['fingerprint']}",
+    "Return the conditions under which the numbers of a run were measured."
+    source, data = files["evaluation"]["provenance"], files["evaluation"]["provenance"]["data"]
+    sizes = ", ".join(f"{sum(per_class.values()):,} {part}"
+                      for part, per_class in files["data"]["counts"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in source["versions"].items()
+                         if name in _NAMED_VERSIONS)
+    return {"data": f"{data['name']} ({sizes} images), fingerprint {data['fingerprint']}",
             "classes": ", ".join(files["data"]["classes"]), "seed": str(source["seed"]),
-            "processor": describe_processor(machine),
-            "versions": ", ".join(f"{name} {version}" for name, version in versions.items()), "measured": source["time"][:10]}
+            "processor": describe_processor(source["hardware"]),
+            "versions": versions, "measured": source["time"][:10]}
 
 # %% ../nbs/10_report.ipynb #a04e0cf9
-COLUMNS = ("model", "variant", "runtime", "accuracy", "interval_low", "interval_high", "n", "parameters", "size_mb",
-           "compressed_mb", "latency_ms")
-
-
 def variant(
     candidate: Mapping,  # an entry of optimization.json
 ) -> str:                # such as "int8" or "int8, 30 % zeros"
-    "What was done to the model, in two or three words."
+    "Say in two or three words what was done to the model."
     zeros = candidate.get("sparsity") or 0
-    return candidate["precision"] + (f", {zeros:.0%} zeros".replace("%", " %") if zeros >= 0.01 else "")
+    return candidate["precision"] + (f", {100 * zeros:.0f} % zeros" if zeros >= 0.01 else "")
+
+# %% ../nbs/10_report.ipynb #c0de1004
+COLUMNS = ("model", "variant", "runtime", "accuracy", "interval_low", "interval_high", "n",
+           "parameters", "size_mb", "compressed_mb", "latency_ms")
 
 
 def comparison(
     files: Mapping[str, Mapping],  # from `gather`
 ) -> pd.DataFrame:                 # columns `COLUMNS`, best accuracy first
-    "One row for each trained model and each optimized candidate, measured on the test images."
+    "Return one row for each trained model and each optimized candidate, on the test images."
     models, rows = files["evaluation"]["models"], []
     for name, entry in models.items():
         test = entry["test"]
-        rows.append((name, "trained", "Keras", test["accuracy"], *test["interval"], test["n"], entry["parameters"],
-                     entry["size_mb"], np.nan, entry["latency_ms"]))
-    for each in files["optimization"]["candidates"]:
-        rows.append((each["model"], variant(each), "TFLite", each["accuracy"], *each["interval"], each["n"],
-                     models[each["model"]]["parameters"], each["bytes"] / 1e6, each["compressed_bytes"] / 1e6, each["latency_ms"]))
-    return pd.DataFrame(rows, columns=COLUMNS).sort_values("accuracy", ascending=False, kind="stable", ignore_index=True)
+        rows.append((name, "trained", "Keras", test["accuracy"], *test["interval"], test["n"],
+                     entry["parameters"], entry["size_mb"], np.nan, entry["latency_ms"]))
+    for file in files["optimization"]["candidates"]:
+        rows.append((file["model"], variant(file), "TFLite", file["accuracy"],
+                     *file["interval"], file["n"], models[file["model"]]["parameters"],
+                     file["bytes"] / 1e6, file["compressed_bytes"] / 1e6, file["latency_ms"]))
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    return table.sort_values("accuracy", ascending=False, kind="stable", ignore_index=True)
 
 # %% ../nbs/10_report.ipynb #704f937e
 def markdown_table(
     table: pd.DataFrame,  # from `comparison`
 ) -> str:                 # a pipe table
-    "The comparison for people: rounded, with units and intervals."
-    lines = ["| model | variant | accuracy (95 % interval) | parameters | size (MB) | gzip (MB) | one image (ms) |",
-             "|:--|:--|--:|--:|--:|--:|--:|"]
+    "Write the comparison for people: rounded, with units and intervals."
+    lines = ["| model | variant | accuracy (95 % interval) | parameters | size (MB) | gzip "
+             "(MB) "
+             "| one image (ms) |", "|:--|:--|--:|--:|--:|--:|--:|"]
     for row in table.itertuples():
+        accuracy = f"{row.accuracy:.2%} ({row.interval_low:.1%}–{row.interval_high:.1%})"
         packed = "" if np.isnan(row.compressed_mb) else f"{row.compressed_mb:.2f}"
-        lines.append(f"| {row.model} | {row.variant} | {row.accuracy:.2%} ({row.interval_low:.1%}–{row.interval_high:.1%}) | "
-                     f"{row.parameters:,} | {row.size_mb:.2f} | {packed} | {row.latency_ms:.2f} ({row.runtime}) |")
+        lines.append(f"| {row.model} | {row.variant} | {accuracy} | {row.parameters:,} | "
+                     f"{row.size_mb:.2f} | {packed} | {row.latency_ms:.2f} ({row.runtime}) |")
     return "\n".join(lines)
 
 # %% ../nbs/10_report.ipynb #b9f6d29b
 def frontier(
     table: pd.DataFrame,  # from `comparison`
 ) -> np.ndarray:          # (rows,) bool
-    "Which rows no other row beats in accuracy, size and time together."
+    "Return which rows no other row dominates in accuracy, size and time together."
     costs = np.column_stack([-table["accuracy"], table["size_mb"], table["latency_ms"]])
     no_worse = (costs[:, None] <= costs[None]).all(axis=2)
     better = (costs[:, None] < costs[None]).any(axis=2)
     return ~(no_worse & better).any(axis=0)
 
-
+# %% ../nbs/10_report.ipynb #c0de1006
 def plot_tradeoff(
     table: pd.DataFrame,  # from `comparison`
     *,
     ax: plt.Axes | None = None,
 ) -> plt.Axes:
-    "Accuracy against size, with intervals; rows of the frontier are filled, a line joins a model and its files."
+    "Draw accuracy against size; rows of the frontier are filled, a line joins a model's files."
     ax = ax or plt.subplots(figsize=(6, 3))[1]
-    chosen = frontier(table)
-    for index, (name, rows) in enumerate(table.assign(chosen=chosen).groupby("model", sort=False)):
+    models = table.assign(chosen=frontier(table)).groupby("model", sort=False)
+    for index, (name, rows) in enumerate(models):
         color, rows = f"C{index % 6}", rows.sort_values("size_mb")
-        error = np.abs(rows[["interval_low", "interval_high"]].to_numpy().T - rows["accuracy"].to_numpy())
-        ax.errorbar(rows["size_mb"], rows["accuracy"], yerr=error, color=color, linewidth=1, elinewidth=0.8, label=name)
+        ends = rows[["interval_low", "interval_high"]].to_numpy().T
+        ax.errorbar(rows["size_mb"], rows["accuracy"], color=color, linewidth=1, elinewidth=0.8,
+                    yerr=np.abs(ends - rows["accuracy"].to_numpy()), label=name)
         for row in rows.itertuples():
-            ax.plot(row.size_mb, row.accuracy, "o" if row.runtime == "Keras" else "s", color=color,
+            marker = "o" if row.runtime == "Keras" else "s"
+            ax.plot(row.size_mb, row.accuracy, marker, color=color,
                     markerfacecolor=color if row.chosen else "white")
     ax.set(xscale="log", xlabel="size (MB), logarithmic", ylabel="test accuracy")
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return ax
 
 # %% ../nbs/10_report.ipynb #678c695e
+def _deployed_sentence(files: Mapping, accuracy: float) -> str:
+    "Describe the chosen small file, set against the accuracy of the selected model."
+    optimization, models = files["optimization"], files["evaluation"]["models"]
+    for file in optimization["candidates"]:
+        if file["name"] == optimization["selected"]:
+            points = 100 * (file["accuracy"] - accuracy)
+            return (f" The file that we would deploy, {file['model']} ({variant(file)}), has "
+                    f"{file['bytes'] / 1e6:.2f} MB instead of "
+                    f"{models[file['model']]['size_mb']:.2f}, "
+                    f"labels {file['accuracy']:.2%} correctly ({points:+.2f} points) and takes "
+                    f"{file['latency_ms']:.2f} ms for an image.")
+    return ""
+
+# %% ../nbs/10_report.ipynb #678c695x
+def _parity_sentence(files: Mapping, model: str) -> str:
+    "Say how far the float32 exports of a model agree with Keras."
+    agreement = [artifact["parity"]["top1_agreement"]
+                 for artifact in files["export"]["artifacts"]
+                 if artifact["model"] == model and artifact["precision"] == "float32"]
+    if not agreement:
+        return ""
+    return (f" {len(agreement)} float32 export{'s give' if len(agreement) > 1 else ' gives'} "
+            "the same "
+            "label as Keras on "
+            f"{'at least ' if min(agreement) < 1 else ''}{min(agreement):.2%} of them.")
+
+# %% ../nbs/10_report.ipynb #c0de1007
 def headline(
     files: Mapping[str, Mapping],  # from `gather`
 ) -> str:                          # Markdown
-    "The run in two or three sentences."
-    selected, optimization = files["evaluation"]["selected"], files["optimization"]
-    best = files["evaluation"]["models"][selected]
-    test, (low, high) = best["test"], best["test"]["interval"]
-    text = (f"On {files['data']['name']}, **{selected}** labels **{test['accuracy']:.2%}** of {test['n']:,} test images correctly "
-            f"(95 % interval {low:.1%} to {high:.1%}).")
-    small = next((each for each in optimization["candidates"] if each["name"] == optimization["selected"]), None)
-    if small:
-        points, origin = 100 * (small["accuracy"] - test["accuracy"]), files["evaluation"]["models"][small["model"]]["size_mb"]
-        text += (f" The file that we would deploy, {small['model']} ({variant(small)}), has {small['bytes'] / 1e6:.2f} MB instead of "
-                 f"{origin:.2f}, labels {small['accuracy']:.2%} correctly ({points:+.2f} points) and takes {small['latency_ms']:.2f} ms for an image.")
-    agreement = [each["parity"]["top1_agreement"] for each in files["export"]["artifacts"]
-                 if each["model"] == selected and each["precision"] == "float32"]
-    if agreement:
-        text += (f" {len(agreement)} float32 export{'s give' if len(agreement) > 1 else ' gives'} the same label as Keras on "
-                 f"{'at least ' if min(agreement) < 1 else ''}{min(agreement):.2%} of them.")
-    return text
+    "Describe the run in two or three sentences."
+    selected = files["evaluation"]["selected"]
+    test = files["evaluation"]["models"][selected]["test"]
+    low, high = test["interval"]
+    return (f"On {files['data']['name']}, **{selected}** labels **{test['accuracy']:.2%}** of "
+            f"{test['n']:,} test images correctly (95 % interval {low:.1%} to {high:.1%})."
+            + _deployed_sentence(files, test["accuracy"]) + _parity_sentence(files, selected))
 
 # %% ../nbs/10_report.ipynb #38f64e4e
+def _training_paragraph(files: Mapping, facts: Mapping) -> str:
+    "Say what the selected model was trained on, where and for how long."
+    training = files["training"]["runs"][files["evaluation"]["selected"]]
+    skipped = len(files["data"]["skipped_files"])
+    return (f"{facts['data'][0].upper()}{facts['data'][1:]}. {skipped or 'No'} "
+            f"file{'' if skipped == 1 else 's'} could not be read. Training took "
+            f"{training['seconds'] / 60:.1f} minutes on "
+            f"{describe_processor(training['provenance']['hardware'])}, with seed "
+            f"{facts['seed']}. "
+            "Validation images chose the epoch and the model; test images were read at the "
+            "end.")
+
+# %% ../nbs/10_report.ipynb #38f64e4x
+def _results_paragraph(files: Mapping) -> str:
+    "Give the accuracy of the selected model, what guessing reaches, and its weakest class."
+    test = files["evaluation"]["models"][files["evaluation"]["selected"]]["test"]
+    per_class = sorted(test["per_class"].items(), key=lambda item: item[1]["f1"])
+    (weak, weakest), (strong, strongest) = per_class[0], per_class[-1]
+    return (f"Accuracy {test['accuracy']:.2%} of {test['n']:,} test images, 95 % interval "
+            f"{test['interval'][0]:.2%} to {test['interval'][1]:.2%}; naming the largest class "
+            "alone "
+            f"would reach {files['data']['majority_guess']:.1%}. Weakest class: {weak} "
+            f"(recall {weakest['recall']:.1%}, precision {weakest['precision']:.1%}); "
+            "strongest: "
+            f"{strong} (recall {strongest['recall']:.1%}, precision "
+            f"{strongest['precision']:.1%}).")
+
+# %% ../nbs/10_report.ipynb #c0de1008
+_INTENDED_USE = (
+    "Teaching, and classification of images like those it was trained on. It was not made for "
+    "decisions about people. It always answers with one of its classes, also for an image that "
+    "shows none of them.")
+_LIMITS = (
+    "The interval covers the chance of drawing these test images. It says nothing about other "
+    "cameras, other places or a later year, and nothing about training again with another "
+    "seed. "
+    "Probabilities are as the network gives them.")
+
+# %% ../nbs/10_report.ipynb #c0de100x
+def _files_section(files: Mapping) -> list[str]:
+    "List the exported files of the selected model."
+    return [f"- {artifact['format']}, {artifact['precision']}, {artifact['bytes'] / 1e6:.2f} "
+            "MB: "
+            f"top-1 agreement with Keras {artifact['parity']['top1_agreement']:.2%} of "
+            f"{artifact['parity']['n']:,} images"
+            for artifact in files["export"]["artifacts"]
+            if artifact["model"] == files["evaluation"]["selected"]] or ["No exported file."]
+
+# %% ../nbs/10_report.ipynb #c0de1009
 def model_card(
     files: Mapping[str, Mapping],  # from `gather`
 ) -> str:                          # Markdown
-    "A model card for the selected model of a run (after Mitchell et al., 2019)."
-    selected, facts = files["evaluation"]["selected"], conditions(files)
-    entry, training = files["evaluation"]["models"][selected], files["training"]["runs"][selected]
-    test, data = entry["test"], files["data"]
-    per_class = sorted(test["per_class"].items(), key=lambda item: item[1]["f1"])
+    "Write a model card for the selected model of a run (Mitchell et al., 2019)."
+    selected, data, facts = files["evaluation"]["selected"], files["data"], conditions(files)
+    parameters = files["evaluation"]["models"][selected]["parameters"]
     height, width = data["image_shape"][:2]
-    own = comparison(files).query("model == @selected")
-    artifacts = [f"- {each['format']}, {each['precision']}, {each['bytes'] / 1e6:.2f} MB: top-1 agreement with Keras "
-                 f"{each['parity']['top1_agreement']:.2%} of {each['parity']['n']:,} images"
-                 for each in files["export"]["artifacts"] if each["model"] == selected]
-    return "\n".join([
-        f"# Model card: {selected} on {data['name']}", "",
-        f"An image classifier with {entry['parameters']:,} parameters for {len(data['classes'])} classes: {facts['classes']}. "
-        f"Input: RGB pixels 0 to 255, {height} × {width}; scaling happens inside the model. Output: one probability per class.", "",
-        "## Intended use", "",
-        "Teaching, and classification of images like those it was trained on. It was not made for decisions about people. "
-        "It always answers with one of its classes, also for an image that shows none of them.", "",
-        "## Data and training", "",
-        f"{facts['data'][0].upper()}{facts['data'][1:]}. {len(data['skipped_files']) or 'No'} file{'' if len(data['skipped_files']) == 1 else 's'} could not be read. "
-        f"Training took {training['seconds'] / 60:.1f} minutes on {describe_processor(training['provenance']['hardware'])}, with seed {facts['seed']}. "
-        "Validation images chose the epoch and the model; test images were read at the end.", "",
-        "## Results", "",
-        f"Accuracy {test['accuracy']:.2%} of {test['n']:,} test images, 95 % interval {test['interval'][0]:.2%} to "
-        f"{test['interval'][1]:.2%}; naming the largest class alone would reach {data['majority_guess']:.1%}. "
-        f"Weakest class: {per_class[0][0]} (recall {per_class[0][1]['recall']:.1%}, precision {per_class[0][1]['precision']:.1%}); "
-        f"strongest: {per_class[-1][0]} (recall {per_class[-1][1]['recall']:.1%}, precision {per_class[-1][1]['precision']:.1%}).", "",
-        markdown_table(own), "", "## Files", "", *(artifacts or ["No exported file."]), "",
-        "## Limits", "",
-        "The interval covers the chance of drawing these test images. It says nothing about other cameras, other places or a later "
-        "year, and nothing about training again with another seed. Probabilities are as the network gives them.", "",
-        "## Conditions", "", *(f"- {what}: {value}" for what, value in facts.items()), ""])
+    table = comparison(files)
+    sections = {
+        "Intended use": [_INTENDED_USE],
+        "Data and training": [_training_paragraph(files, facts)],
+        "Results": [_results_paragraph(files), "",
+                    markdown_table(table[table["model"] == selected])],
+        "Files": _files_section(files),
+        "Limits": [_LIMITS],
+        "Conditions": [f"- {what}: {value}" for what, value in facts.items()],
+    }
+    lines = [f"# Model card: {selected} on {data['name']}", "",
+             f"An image classifier with {parameters:,} parameters for {len(data['classes'])} "
+             "classes: "
+             f"{facts['classes']}. Input: RGB pixels 0 to 255, {height} × {width}; scaling "
+             "happens "
+             "inside the model. Output: one probability per class.", ""]
+    for title, content in sections.items():
+        lines += [f"## {title}", "", *content, ""]
+    return "\n".join(lines)
