@@ -84,10 +84,11 @@ def make_optimizer(
     elif name == "muon":   # Adam's share takes steps of a sixtieth; only that share decays
         optimizer = Muon(rate, momentum=0.6, ns_steps=3, rms_rate=None, adam_lr_ratio=1 / 60,
                          adam_beta_2=0.95, adam_weight_decay=decay)
-    elif factors:
-        optimizer = LayerwiseAdam(rate, factors=factors, weight_decay=decay)
+    elif name == "adam":
+        optimizer = (LayerwiseAdam(rate, factors=factors, weight_decay=decay) if factors
+                     else keras.optimizers.Adam(rate, weight_decay=decay))
     else:
-        optimizer = keras.optimizers.Adam(rate, weight_decay=decay)
+        raise ValueError(f"optimizer.name: {name!r} is in the recipe, make_optimizer lacks it")
     if decay:
         optimizer.exclude_from_weight_decay(var_names=["gamma", "beta", "bias"])
     return optimizer
