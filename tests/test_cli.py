@@ -218,7 +218,7 @@ def test_audit_finds_what_was_planted(tmp_path):
     assert [name.split("/")[-1] for name in found["test_images_with_a_copy_in_train"]] == [
         "40 ü.png"
     ] and found["pairs"] == 1
-    for name in ("copies", "conflicts", "blank", "outlier_sizes", "drift"):
+    for name in ("copies", "conflicts", "blank", "odd_sizes", "drift"):
         assert Image.open(tmp_path / "out" / f"{name}.png").size[0] > 300
     run("audit", "--data", "shapes", "--num-images", 60, "--output", "out", cwd=tmp_path)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"audit.json", "drift.png"}

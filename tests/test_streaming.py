@@ -1,7 +1,5 @@
 "Training from pixels on disk and from classes of different size."
 
-import dataclasses
-
 import numpy as np
 import pytest
 
@@ -52,16 +50,16 @@ def test_balance(drawn):
     sampled, weighted = (
         np.concatenate([np.asarray(batch) for _, batch in
                         train_dataset(images, 2, **options, balance=balance)[0]])
-        for balance in ("sampling", "weights"))
+        for balance in ("oversample", "class_weight"))
     assert sampled.sum(axis=0).tolist() == [100, 100]
     assert np.allclose(weighted.sum(axis=0), [100, 100])
     assert np.allclose(np.unique(weighted[:, 1]), [0, 5])
     with pytest.raises(ValueError, match="balance"):
-        Recipe(balance="luck")
+        Recipe(loss={"balance": "luck"})
 
 
 def test_alternating_flip_reaches_the_stream(drawn):
-    policy = dataclasses.replace(Policy.none(), alternating_flip=True)
+    policy = Policy.none().replace(alternating_flip=True)
     numbered = Images(drawn[0].images, np.arange(100), drawn[0].ids)
     stream, _ = train_dataset(numbered, 100, policy=policy, batch_size=50, seed=0, epochs=4)
     batches = [(np.asarray(pixels), np.asarray(labels).argmax(axis=1))
