@@ -40,7 +40,7 @@ class Images:
     ids: np.ndarray                    # (N,) str, one per image
     masks: np.ndarray | None = None    # (N, H, W) bool, where the object is
     groups: np.ndarray | None = None   # (N,) str: a group (patient, scene) stays in one part
-    digests: np.ndarray | None = None  # (N,) uint64, hash of the pixels
+    digests: np.ndarray | None = None  # (N,) uint64, hash of the file, else of the pixels
     sizes: np.ndarray | None = None    # (N, 2) int32, height and width of the file's own image
     patches: np.ndarray | None = None  # (N, 4) int32, left, top, right, bottom; zeros: no patch
     columns: np.ndarray | None = None  # (N,) structured: further columns of the user's table

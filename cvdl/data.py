@@ -8,6 +8,7 @@ __all__ = ['class_counts', 'plot_class_counts', 'describe_skipped_files', 'load'
 
 # %% ../nbs/00_data.ipynb #9bf0ff18
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,7 +26,7 @@ from .images.cache import ImagePool, decode_source
 from .images.decoding import resize_and_center_crop
 from .images.labels import list_labeled_files, parse_label_table, read_table
 from .images.patches import Spurious, plant_patches
-from .images.pixels import LazyPixels
+from .images.pixels import LazyPixels, hash_images, image_digests
 from .images.shapes import DIFFICULTIES, SHAPE_CLASSES, draw_shapes
 from cvdl.images.sources import (
     BENCHMARKS,
@@ -37,6 +38,7 @@ from cvdl.images.sources import (
 )
 from cvdl.images.splits import (
     Splits,
+    assign_parts,
     count_classes,
     fingerprint,
     make_splits,
@@ -132,71 +134,99 @@ def _check_number(number: int | None, classes: Sequence[str]) -> None:
 def _choose_rows(
     names: np.ndarray, part: np.ndarray, labels: np.ndarray, number: int, seed: int
 ) -> np.ndarray:  # sorted
-    "Choose at most `number` images, each part and class with its share."
+    "Choose at most `number` images, each part and class with its share, but at least one."
     order = np.argsort(names)
     strata = np.char.add(np.char.add(part, "/"), labels.astype(str))
-    return np.sort(order[stratified_sample(strata[order], number, seed=seed)])
+    return np.sort(order[stratified_sample(strata[order], number, seed=seed, least=1)])
 
 # %% ../nbs/00_data.ipynb #e46baf60
 def _decode_files(
-    path: Path, *, image_size: int | None, num_images: int | None, seed: int
+    path: Path, *, image_size: int | None, num_images: int | None = None, split: str = "official",
+    seed: int = 0, by_pixels: bool = False,
 ) -> ImagePool:
-    "Decode at most `num_images` images of a source; their pixels stay on disk."
+    "Decode a source, or split it and decode `num_images` of it; the pixels stay on disk."
     def list_files(source: Source) -> tuple[pd.DataFrame, list[tuple[str, str]]]:
         table, skipped_files = _list_files(path, source)
         _check_number(num_images, table["label"].cat.categories)
-        if num_images is not None:
-            names, part = (table[key].to_numpy(str) for key in ("name", "part"))
-            labels = table["label"].cat.codes.to_numpy()
-            table = table.iloc[_choose_rows(names, part, labels, num_images, seed)]
         return table, skipped_files
 
-    choice = "" if num_images is None else f"{num_images} {seed}"
-    return decode_source(path, list_files, image_size=image_size, choice=choice)
+    def choose(table: pd.DataFrame, digests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        names, part, groups = (table[key].to_numpy(str) for key in ("name", "part", "group"))
+        labels = table["label"].cat.codes.to_numpy()
+        part = assign_parts(names, digests, labels, part, groups=groups, split=split, seed=seed)
+        rows = _choose_rows(names, part, labels, num_images, seed)
+        return rows, part[rows]
+
+    some = {} if num_images is None else {
+        "choose": choose, "choice": f"{num_images} {split} {seed}"}
+    return decode_source(path, list_files, image_size=image_size, by_pixels=by_pixels, **some)
 
 
-def _choose_from(pool: ImagePool, number: int | None, seed: int) -> ImagePool:
-    "Choose at most `number` images of a pool."
+def _choose_from(
+    pool: ImagePool, number: int | None, *, seed: int, **options
+) -> ImagePool:
+    "Split a pool and choose at most `number` of its images; None leaves it as it is."
     _check_number(number, pool.classes)
-    if number is None or number >= len(pool.images):
+    if number is None:
         return pool
-    rows = _choose_rows(pool.images.ids, pool.part, pool.images.labels, number, seed)
-    return replace(pool, images=pool.images.subset(rows), part=pool.part[rows])
+    images = pool.images
+    part = assign_parts(images.ids, image_digests(images), images.labels, pool.part,
+                        groups=images.groups, seed=seed, **options)
+    rows = _choose_rows(images.ids, part, images.labels, number, seed)
+    return replace(pool, images=images.subset(rows), part=part[rows])
 
 # %% ../nbs/00_data.ipynb #4ed493bd
 #| code-fold: false
 def _load_pool(
-    name: str, path: Path | None, *, image_size: int | None, num_images: int | None, seed: int,
-    difficulty: str,
+    name: str, path: Path | None, *, image_size: int | None, num_images: int | None, split: str,
+    seed: int, difficulty: str,
 ) -> ImagePool:
-    "Load all images of a data set, not yet split."
+    "Load the images of a data set: all of them unsplit, or some, in the parts they have."
     if name == "shapes":
         return _draw_pool(image_size, num_images, seed, difficulty)
+    benchmark, options = _title(name, path) in BENCHMARKS, {"split": split, "seed": seed}
     if path is None:
-        return _choose_from(_benchmark_pool(name, image_size), num_images, seed)
-    if path.parent == cvdl_home() / "data":
-        pool = _decode_files(path, image_size=image_size, num_images=None, seed=seed)
-        return _choose_from(pool, num_images, seed)
-    return _decode_files(path, image_size=image_size, num_images=num_images, seed=seed)
+        return _choose_from(_benchmark_pool(name, image_size), num_images, exact=True, **options)
+    if benchmark or path.parent == cvdl_home() / "data":
+        pool = _decode_files(path, image_size=image_size, by_pixels=benchmark)
+        return _choose_from(pool, num_images, exact=benchmark, **options)
+    return _decode_files(path, image_size=image_size, num_images=num_images, **options)
 
 # %% ../nbs/00_data.ipynb #46a3e5ab
+def _drawn_parts(
+    labels: np.ndarray,  # (N,) class indices, in the order of drawing
+    seed: int,
+) -> np.ndarray:         # (N,) str
+    "Of every ten drawings of a class, give one to validation and one to test."
+    part = np.full(len(labels), "train", "<U10")
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
+        for start in range(0, len(rows), 10):
+            rng = np.random.default_rng([seed, label, start])
+            chosen = rng.choice(10 if start else 3, 2, replace=False)  # three have one in each
+            for name, place in zip(("validation", "test"), chosen + start, strict=True):
+                part[rows[place : place + 1]] = name
+    return part
+
+
 def _draw_pool(
     image_size: int | None, num_images: int | None, seed: int, difficulty: str
 ) -> ImagePool:
-    "Draw the shapes."
+    "Draw the shapes; a drawing is in one part, however large and however many are drawn."
     _check_number(num_images, SHAPE_CLASSES)
     images = draw_shapes(num_images or 10_000, size=image_size or 32, seed=seed,
                          difficulty=difficulty)
-    return ImagePool(images, np.full(len(images), "train"), SHAPE_CLASSES)
+    return ImagePool(images, _drawn_parts(images.labels, seed), SHAPE_CLASSES)
 
 
 def _benchmark_pool(name: str, image_size: int | None) -> ImagePool:
     "Load a benchmark that is no file under `cvdl_home()`."
     images, labels, part = load_benchmark(name)
+    digests = hash_images(images)
     if image_size not in (None, images.shape[1]):
         images = np.stack([resize_and_center_crop(image, image_size) for image in images])
     ids = np.array([f"{title}-{index:05d}" for index, title in enumerate(part)])
-    return ImagePool(Images(images, labels, ids), part, BENCHMARKS[name])
+    return ImagePool(Images(images, labels, ids, digests=digests), part, BENCHMARKS[name])
 
 # %% ../nbs/00_data.ipynb #7ec92f5a
 def _check_skipped_files(pool: ImagePool, name: str, max_skipped: float) -> None:
@@ -278,12 +308,13 @@ def load(
     _check_drawing(name, difficulty, spurious)
     path = None if name == "shapes" else _find_path(name)
     title = _title(name, path)
-    pool = _load_pool(name, path, image_size=image_size, num_images=num_images, seed=seed,
-                      difficulty=difficulty)
+    pool = _load_pool(name, path, image_size=image_size, num_images=num_images, split=split,
+                      seed=seed, difficulty=difficulty)
     _check_skipped_files(pool, name, max_skipped)
-    splits = make_splits(pool.images, pool.part, pool.classes, name=title, split=split,
-                         seed=seed, exact=name == "shapes" or title in BENCHMARKS,
-                         skipped_files=pool.skipped_files)
+    already_split = name == "shapes" or num_images is not None
+    splits = make_splits(pool.images, pool.part, pool.classes, name=title,
+                         split="official" if already_split else split, seed=seed,
+                         exact=title in BENCHMARKS, skipped_files=pool.skipped_files)
     splits = _read_into_memory(splits, memory_limit)
     if splits.skipped_files:
         print(describe_skipped_files(splits))
@@ -299,9 +330,9 @@ def _check_options(split: str, image_size: int | None) -> None:
 
 
 def _title(name: str, path: Path | None) -> str:
-    "Return the name of a data set: that of its file without the suffix."
+    "Return the name of a data set: that of its file without the suffix; links keep theirs."
     suffixes = "|".join(map(re.escape, _SUFFIXES))
-    return name if path is None else re.sub(f"({suffixes})$", "", path.resolve().name)
+    return name if path is None else re.sub(f"({suffixes})$", "", os.path.basename(os.path.abspath(path)))
 
 # %% ../nbs/00_data.ipynb #66f701eb
 def audit(

@@ -181,11 +181,11 @@ def test_a_table_of_paths_labels_splits_and_groups(tmp_path, kind):
 
 
 def test_further_columns_of_a_table_travel_with_their_images(tmp_path):
-    folder = write_classes(tmp_path / "pets", count=40)
+    folder = write_classes(tmp_path / "pets", count=80)
     names = sorted(path.relative_to(tmp_path).as_posix() for path in folder.rglob("*.png"))
     frame = pd.DataFrame({"path": names, "label": [name.split("/")[1] for name in names],
-                          "camera": ["old", "new", None, "new"] * 20, "age": np.arange(80) % 7,
-                          "remark": [f"remark {index}" for index in range(80)]})
+                          "camera": ["old", "new", None, "new"] * 40, "age": np.arange(160) % 7,
+                          "remark": [f"remark {index}" for index in range(160)]})
     frame.to_csv(tmp_path / "pets.csv")  # with the numbers of the rows, as people do
     load(tmp_path / "pets.csv").save(tmp_path / "saved")
     frame = frame.fillna("").set_index("path")

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -25,9 +26,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..core import DataError, Images, atomic, cache_folder, write_json
-from .decoding import decode_with_size
 from .labels import extra_columns
-from .pixels import FilePixels, LazyPixels, hash_images
+from .pixels import FilePixels, LazyPixels, decode_identified
 from .sources import READ_ERRORS, Source, describe_read_error, is_table, open_source
 
 # %% ../../nbs/images/cache.ipynb #30ee0def
@@ -46,24 +46,34 @@ def _hash_file(path: Path) -> bytes:
 
 
 def _hash_files(
-    path: Path, source: Source, table: pd.DataFrame, skipped_files: Sequence[tuple[str, str]],
+    title: str, source: Source, names: Sequence[str],
+) -> np.ndarray:  # (N, 32) uint8
+    "Return the SHA-256 of each file, or of the reason why it cannot be read."
+    hashes = []
+    for name in tqdm(names, f"{title}: hashing", unit="file", delay=3, mininterval=1,
+                     leave=False):
+        try:
+            content = source.read(name)
+        except READ_ERRORS as error:
+            content = describe_read_error(error).encode()
+        hashes.append(hashlib.sha256(content).digest())
+    return np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 32)
+
+
+def _hash_listing(
+    table: pd.DataFrame, hashes: np.ndarray, skipped_files: Sequence[tuple[str, str]],
 ) -> bytes:
-    "Hash the bytes of all files and what the table says of them."
+    "Hash the hashes of all files and what the table says of them."
     classes = list(table["label"].cat.categories)
     digest = hashlib.sha256(json.dumps([classes, skipped_files]).encode())
     digest.update(table.to_csv(index=False).encode())
-    title = f"{path.name}: hashing"
-    for name in tqdm(table["name"], title, unit="file", delay=3, mininterval=1, leave=False):
-        try:
-            digest.update(hashlib.sha256(source.read(name)).digest())
-        except READ_ERRORS as error:
-            digest.update(describe_read_error(error).encode())
+    digest.update(np.ascontiguousarray(hashes))
     return digest.digest()
 
 
 def _entry(path: Path, contents: bytes, options: str) -> Path:
     "Return the folder of the cache for these contents."
-    key = hashlib.sha256(f"4 {options}\n".encode() + contents).hexdigest()
+    key = hashlib.sha256(f"5 {options}\n".encode() + contents).hexdigest()
     return cache_folder() / f"{path.name.partition('.')[0]}-{key[:16]}"
 
 # %% ../../nbs/images/cache.ipynb #6d949cd5
@@ -90,20 +100,20 @@ def _try_to_read(source: Source, name: str) -> bytes | str:
 
 
 def _try_to_decode(
-    name: str, content: bytes | str, size: int,
+    name: str, content: bytes | str, size: int, by_pixels: bool,
 ) -> tuple[np.ndarray, tuple[int, int], np.uint64] | str:
-    "Return pixels, the file's own size and the hash; or the reason why not."
+    "Return pixels, the file's own size and its identity; or the reason why not."
     if isinstance(content, str):
         return content
     try:
-        pixels, own_size = decode_with_size(content, size, PurePosixPath(name).suffix)
+        suffix = PurePosixPath(name).suffix
+        return decode_identified(content, size, suffix, by_pixels=by_pixels)
     except DataError as error:
         return str(error)
-    return pixels, own_size, hash_images(pixels[None])[0]
 
 # %% ../../nbs/images/cache.ipynb #17501747
 def _decode_chunks(
-    source: Source, names: Sequence[str], size: int, title: str,
+    source: Source, names: Sequence[str], size: int, title: str, by_pixels: bool,
 ) -> Iterator[tuple[int, tuple | str]]:
     "Yield the index of each file and what `_try_to_decode` returns for it."
     bar = tqdm(total=len(names), desc=title, unit="image", delay=2, mininterval=1, leave=False)
@@ -111,19 +121,21 @@ def _decode_chunks(
         for start in range(0, len(names), 256):
             chunk = names[start : start + 256]
             contents = [_try_to_read(source, name) for name in chunk]
-            results = pool.map(_try_to_decode, chunk, contents, [size] * len(chunk))
+            results = pool.map(_try_to_decode, chunk, contents, repeat(size), repeat(by_pixels))
             yield from enumerate(results, start)
             bar.update(len(chunk))
 
 
 def _decode_all(
-    source: Source, names: Sequence[str], size: int, title: str, file=None,
+    source: Source, names: Sequence[str], size: int, title: str, file=None, *,
+    by_pixels: bool = False,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[tuple[str, str]]]:
     "Decode all files, into `file` if given; return readable, hashes, sizes, skipped files."
     readable, skipped_files = np.zeros(len(names), bool), []
     digests, sizes = np.zeros(len(names), np.uint64), np.zeros((len(names), 2), np.int32)
     no_warnings = warnings.catch_warnings(action="ignore")  # around all threads: it is global
-    with no_warnings, closing(_decode_chunks(source, names, size, title)) as results:
+    with no_warnings, closing(
+            _decode_chunks(source, names, size, title, by_pixels)) as results:
         for index, result in results:
             if isinstance(result, str):
                 skipped_files.append((names[index], result))
@@ -169,18 +181,19 @@ def _describe_images(table: pd.DataFrame) -> dict[str, np.ndarray]:
 
 def _write_entry(
     entry: Path, source: Source, table: pd.DataFrame, skipped_files: Sequence[tuple[str, str]],
-    size: int, *, keep: bool, title: str,
+    size: int, *, keep: bool, by_pixels: bool, title: str,
 ) -> None:
     "Decode a source into an entry of the cache; without `keep` its pixels are not written."
     with atomic(entry) as partial:
         partial.mkdir()
         with (partial / "pixels.bin").open("wb") if keep else nullcontext() as file:
             names = table["name"].tolist()
-            readable, digests, sizes, unreadable = _decode_all(source, names, size, title, file)
+            readable, digests, sizes, unreadable = _decode_all(
+                source, names, size, title, file, by_pixels=by_pixels)
         arrays = {name: values[readable] for name, values in _describe_images(table).items()}
         np.savez(partial / "table.npz", **arrays, digests=digests, sizes=sizes)
         write_json(partial / "about.json", {
-            "side": size, "kept": keep, "classes": list(table["label"].cat.categories),
+            "side": size, "kept": keep, "by_pixels": by_pixels, "classes": list(table["label"].cat.categories),
             "skipped_files": [*unreadable, *skipped_files]})
 
 # %% ../../nbs/images/cache.ipynb #9ab05b42
@@ -194,7 +207,8 @@ def _open_entry(entry: Path, path: Path) -> ImagePool | None:
         if about["kept"]:
             pixels = LazyPixels(entry / "pixels.bin", about["side"])
         else:
-            pixels = FilePixels(path, about["side"], table["ids"], table["digests"])
+            pixels = FilePixels(path, about["side"], table["ids"], table["digests"],
+                                by_pixels=about["by_pixels"])
         os.utime(entry)  # used just now
         skipped_files = tuple(tuple(pair) for pair in about["skipped_files"])
         return ImagePool(Images(pixels, **table), part, tuple(about["classes"]), skipped_files)
@@ -210,19 +224,33 @@ def _is_usable(pool: ImagePool | None, folder: Path) -> bool:
 
 # %% ../../nbs/images/cache.ipynb #08894880
 @contextmanager
-def _open_listed(path: Path, list_files: Callable) -> Iterator[tuple]:
-    "Open a source and list what to read: the source, the table, the skipped files."
+def _open_listed(
+    path: Path, list_files: Callable, choose: Callable | None
+) -> Iterator[tuple]:
+    "Open a source and list what to decode: the source, table, hashes and skipped files."
     with open_source(path) as source:
-        yield source, *list_files(source)
+        table, skipped_files = list_files(source)
+        if choose is None and not (path.is_dir() or is_table(path)):
+            yield source, table, None, skipped_files
+            return
+        hashes = _hash_files(path.name, source, table["name"])
+        if choose is not None:
+            digests = np.ascontiguousarray(hashes[:, :8]).view(">u8").ravel().astype(np.uint64)
+            rows, part = choose(table, digests)
+            table, hashes = table.iloc[rows].assign(part=part), hashes[rows]
+        yield source, table, hashes, skipped_files
 
 
-def _decode_into(entry: Path, path: Path, listed: tuple, image_size: int | None) -> ImagePool:
+def _decode_into(
+    entry: Path, path: Path, listed: tuple, image_size: int | None, by_pixels: bool
+) -> ImagePool:
     "Write an entry and open it."
-    source, table, skipped_files = listed
+    source, table, _, skipped_files = listed
     size = image_size or infer_image_size(source, table["name"])
     for _ in range(3):  # another process may replace the entry while we open it
         keep = _make_room(entry.parent, 3 * size * size * len(table))
-        _write_entry(entry, source, table, skipped_files, size, keep=keep, title=path.name)
+        _write_entry(entry, source, table, skipped_files, size, keep=keep,
+                     by_pixels=by_pixels, title=path.name)
         if (pool := _open_entry(entry, path)) is not None:
             return pool
     raise DataError(
@@ -243,19 +271,23 @@ def decode_source(
                                     # categorical; skipped files)
     *,
     image_size: int | None = None,  # side; None for `infer_image_size`
-    choice: str = "",               # what else the result of `list_files` depends on
+    choose: Callable | None = None, # (table, (N,) uint64 from `hash_content`) -> (the rows to
+                                    # decode, the part of each); None decodes all
+    choice: str = "",               # what the result of `choose` depends on
+    by_pixels: bool = False,        # see `decode_identified`
 ) -> ImagePool:                     # its pixels stay on disk
     "Decode a source, or take the pixels of the same contents from the cache."
     with ExitStack() as stack:
         listed = None
         if path.is_dir() or is_table(path):
-            listed = stack.enter_context(_open_listed(path, list_files))
-        contents = _hash_files(path, *listed) if listed else _hash_file(path)
-        entry = _entry(path, contents, f"{image_size} {choice}")
+            listed = stack.enter_context(_open_listed(path, list_files, choose))
+        contents = _hash_listing(*listed[1:]) if listed else _hash_file(path)
+        entry = _entry(path, contents, f"{image_size} {by_pixels} {choice}")
         pool = _open_entry(entry, path)
         if not _is_usable(pool, entry.parent):
-            listed = listed or stack.enter_context(_open_listed(path, list_files))
-            pool = _decode_into(entry, path, listed, image_size)
+            if listed is None:
+                listed = stack.enter_context(_open_listed(path, list_files, choose))
+            pool = _decode_into(entry, path, listed, image_size, by_pixels)
     if isinstance(pool.images.images, FilePixels):
         _report_no_room(path.name, pool.images.images.nbytes, entry.parent)
     return pool

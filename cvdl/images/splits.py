@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['uniform_from_hashes', 'stratified_split', 'stratified_sample', 'Splits', 'fingerprint', 'count_classes',
-           'make_splits']
+           'assign_parts', 'make_splits']
 
 # %% ../../nbs/images/splits.ipynb #c1a54170
 import hashlib
@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import DataError, Images, atomic
-from .pixels import FilePixels, LazyPixels, hash_images, image_digests
+from .pixels import FilePixels, LazyPixels, image_digests
 
 # %% ../../nbs/images/splits.ipynb #d9ff4eea
 def uniform_from_hashes(
@@ -35,14 +35,15 @@ def uniform_from_hashes(
     return ((x ^ (x >> np.uint64(31))) >> np.uint64(11)) / 2.0**53
 
 # %% ../../nbs/images/splits.ipynb #a8a33a06
-def _group_digests(images: Images) -> np.ndarray:  # (N,) uint64
-    "Return the hash of the group where an image has one, else the hash of its pixels."
-    digests = image_digests(images)
-    if images.groups is None:
+def _group_digests(
+    digests: np.ndarray, groups: np.ndarray | None
+) -> np.ndarray:  # (N,) uint64
+    "Return the hash of the group where an image has one, else that of the image."
+    if groups is None:
         return digests
     hashes = b"".join(hashlib.blake2b(group.encode(), digest_size=8).digest()
-                      for group in images.groups)
-    return np.where(images.groups == "", digests, np.frombuffer(hashes, "<u8"))
+                      for group in groups)
+    return np.where(groups == "", digests, np.frombuffer(hashes, "<u8"))
 
 # %% ../../nbs/images/splits.ipynb #9bacaf86
 def _exact_parts(number: int, fractions: Sequence[float]) -> np.ndarray:  # (number,)
@@ -93,14 +94,17 @@ def stratified_sample(
     number: int,         # rows to choose
     *,
     seed: int,           # the same seed chooses the same rows
+    least: int = 0,      # rows of each group, whatever its share
 ) -> np.ndarray:         # sorted indices
     "Choose `number` rows so that each group keeps its share (largest remainder method)."
     if number >= len(strata):
         return np.arange(len(strata))
     groups, counts = np.unique(strata, return_counts=True)
     shares = counts * number / len(strata)
-    take = np.floor(shares).astype(int)
-    take[np.argsort(take - shares, kind="stable")[: number - take.sum()]] += 1
+    take = np.maximum(np.floor(shares).astype(int), np.minimum(least, counts))
+    while take.sum() > number and (take > least).any():
+        take[np.argmax(np.where(take > least, take - shares, -np.inf))] -= 1
+    take[np.argsort(take - shares, kind="stable")[: max(0, number - take.sum())]] += 1
     rng = np.random.default_rng(seed)
     rows = [rng.permutation(np.flatnonzero(strata == group))[:count]
             for group, count in zip(groups, take, strict=True)]
@@ -186,7 +190,9 @@ def _to_arrays(splits: Splits) -> dict[str, np.ndarray]:
         pixels = images.images
         if isinstance(pixels, LazyPixels):
             fields["images"] = pixels.rows
-            about["pixels"] = [str(pixels.file), pixels.side, isinstance(pixels, FilePixels)]
+            encoded = isinstance(pixels, FilePixels)
+            about["pixels"] = [str(pixels.file), pixels.side,
+                               {"by_pixels": pixels.by_pixels} if encoded else None]
         arrays |= {f"{part}_{key}": value for key, value in fields.items()}
     return {"about": np.array(json.dumps(about)), **arrays}
 
@@ -210,48 +216,63 @@ def _part_from_arrays(arrays: dict[str, np.ndarray], part: str, pixels: list | N
     fields = {name.removeprefix(f"{part}_"): value for name, value in arrays.items()
               if name.startswith(f"{part}_")}
     if pixels is not None:
-        file, side, encoded = pixels
+        file, side, identity = pixels
         if not Path(file).exists():
             raise DataError(f"{file}: the pixels of these splits are gone; "
                             "run chapter 00_data again.")
-        fields["images"] = (FilePixels(file, side, fields["ids"], fields["digests"]) if encoded
-                            else LazyPixels(file, side, fields["images"]))
+        fields["images"] = (
+            LazyPixels(file, side, fields["images"]) if identity is None
+            else FilePixels(file, side, fields["ids"], fields["digests"], **identity))
     return Images(**fields)
 
 # %% ../../nbs/images/splits.ipynb #a00c8f79
-def _assign_parts(
-    digests: np.ndarray, labels: np.ndarray, part: np.ndarray, split: str, **options
-) -> list[np.ndarray]:  # rows of training, validation and test
+def assign_parts(
+    ids: np.ndarray,           # (N,) str: equal hashes are cut in the order of the ids
+    digests: np.ndarray,       # (N,) uint64: what identifies each image
+    labels: np.ndarray,        # (N,) class indices
+    part: np.ndarray,          # (N,) 'train', 'validation' or 'test': the official part of each
+    *,
+    groups: np.ndarray | None = None,  # (N,) str: a group stays in one part
+    split: str = "official",   # or '80/10/10' of all images
+    seed: int = 0,             # the same seed gives the same parts
+    exact: bool = False,       # see `stratified_split`
+) -> np.ndarray:               # (N,) str: the part of each
     "Keep the given parts and carve the one that is missing from training, or cut everything."
-    train, validation, test = (np.flatnonzero(part == name) for name in _PART_NAMES)
-    if split != "official" or len(validation) + len(test) == 0:
-        train, test, validation = stratified_split(digests, labels, (0.1, 0.1), **options)
-    elif len(validation) == 0 or len(test) == 0:
-        remaining, carved = stratified_split(digests[train], labels[train], (0.1,), **options)
-        train, carved = train[remaining], train[carved]
-        validation, test = (carved, test) if len(validation) == 0 else (validation, carved)
-    return [train, validation, test]
+    order = np.argsort(ids)  # the same in a folder and in its archive
+    digests, labels = _group_digests(digests, groups)[order], labels[order]
+    assigned, given = np.asarray(part, "<U10")[order], set(part) - {"train"}
+    if split != "official" or not given:
+        cut, names, rows = (0.1, 0.1), ("train", "test", "validation"), np.arange(len(ids))
+    else:  # with both given nothing is left to cut
+        cut, rows = (0.1,), np.flatnonzero(assigned == "train")
+        names = ("train", *({"validation", "test"} - given))
+    if len(names) > 1:
+        parts = stratified_split(digests[rows], labels[rows], cut, seed=seed, exact=exact)
+        for name, chosen in zip(names, parts, strict=True):
+            assigned[rows[chosen]] = name
+    result = np.empty_like(assigned)
+    result[order] = assigned
+    return result
 
 # %% ../../nbs/images/splits.ipynb #941ed855
-def _check_groups(images: Images, rows: list[np.ndarray], name: str) -> None:
+def _check_groups(parts: Sequence[Images], name: str) -> None:
     "Refuse a group with images in two parts."
-    if images.groups is None:
+    if parts[0].groups is None:
         return
-    train, validation, test = (set(images.groups[part]) - {""} for part in rows)
+    train, validation, test = (set(images.groups) - {""} for images in parts)
     shared = sorted(train & validation | train & test | validation & test)
     if shared:
         raise DataError(f"{name}: group {str(shared[0])!r} lies in two of the given parts; "
                         "put all its images into one, or use split='80/10/10'.")
 
 
-def _check_classes(
-    labels: np.ndarray, rows: list[np.ndarray], classes: Sequence[str], name: str
-) -> None:
+def _check_classes(parts: Sequence[Images], classes: Sequence[str], name: str) -> None:
     "Refuse a part without images of a class."
-    for title, part in zip(("training", "validation", "test"), rows, strict=True):
-        missing = np.flatnonzero(np.bincount(labels[part], minlength=len(classes)) == 0)
+    counts = np.array([np.bincount(images.labels, minlength=len(classes)) for images in parts])
+    for title, count in zip(("training", "validation", "test"), counts, strict=True):
+        missing = np.flatnonzero(count == 0)
         if len(missing):
-            number = np.count_nonzero(labels == missing[0])
+            number = counts[:, missing[0]].sum()
             raise DataError(
                 f"{name}: class {classes[missing[0]]!r} with {number} readable "
                 f"image{'' if number == 1 else 's'} leaves none for {title}; "
@@ -271,15 +292,12 @@ def make_splits(
     skipped_files: Sequence[tuple[str, str]] = (),  # (file, reason), to be kept with the splits
 ) -> Splits:
     "Split images; a `DataError` says if a class is too small or a group is in two parts."
-    if pool.digests is None:
-        pool = replace(pool, digests=hash_images(pool.images))
-    order = np.argsort(pool.ids)  # equal hashes: the same order in a folder and its archive
-    rows = _assign_parts(_group_digests(pool)[order], pool.labels[order], part[order], split,
-                         seed=seed, exact=exact)
-    position = uniform_from_hashes(pool.digests[order], seed=seed + 1)
-    rows = [order[indices[np.argsort(position[indices], kind="stable")]] for indices in rows]
-    _check_groups(pool, rows, name)
-    _check_classes(pool.labels, rows, classes, name)
-    parts = [pool.subset(indices) for indices in rows]
+    pool = replace(pool, digests=image_digests(pool))
+    part = assign_parts(pool.ids, pool.digests, pool.labels, part, groups=pool.groups,
+                        split=split, seed=seed, exact=exact)
+    order = np.lexsort((pool.ids, uniform_from_hashes(pool.digests, seed=seed + 1)))
+    parts = [pool.subset(order[part[order] == title]) for title in _PART_NAMES]
+    _check_groups(parts, name)
+    _check_classes(parts, classes, name)
     return Splits(*parts, classes=tuple(classes), name=name,
                   fingerprint=fingerprint(parts, classes), skipped_files=tuple(skipped_files))
