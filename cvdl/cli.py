@@ -53,7 +53,13 @@ _DataSource = Annotated[str, typer.Option(
 _OptionalData = Annotated[str | None, typer.Option(
     "--data", help=f"shapes, cifar10, fashion_mnist, {_SOURCES}")]
 _ModelPath = Annotated[Path, typer.Option(
-    "--model", help="A run's folder, for instance models/shapes/baseline, or a .keras file.")]
+    "--model", help="A run's folder, for instance models/shapes/baseline, or a model file: "
+                    ".keras, .h5, .onnx, .tflite, a SavedModel folder.")]
+_Classes = Annotated[str | None, typer.Option(
+    "--classes", metavar="NAMES", help="Class names in the order of the outputs, with commas, "
+    "or a text file with one a line; for a model file without them.")]
+_ModelSize = Annotated[int | None, typer.Option(
+    "--image-size", min=8, help="Pixels a side, for a model that takes any size.")]
 _ImageSize = Annotated[int | None, typer.Option(
     help="Pixels a side that images are brought to.")]
 _NumImages = Annotated[int | None, typer.Option(help="Use only this many images.")]
@@ -61,19 +67,41 @@ _MaxSkipped = Annotated[float, typer.Option(
     min=0, max=1, help="A larger share of files that cannot be used is an error.")]
 
 # %% ../nbs/cli.ipynb #5a4d9f84
-def _start_tensorflow(
-    model: Path | None = None,  # what the command reads; a missing one is said before the wait
-) -> None:
+def _start_tensorflow() -> None:
     "Import TensorFlow and let it look for devices without its log lines."
-    if model is not None and not model.exists():
-        raise FileNotFoundError(f"{model}: no such file or folder; --model takes a run's "
-                                "folder "
-                                "or a model's file")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     with silence_stderr():
         import tensorflow as tf
 
         tf.config.list_physical_devices()
+
+# %% ../nbs/cli.ipynb #41fa9955
+def _open_model(model: Path, classes: str | None = None, image_size: int | None = None):
+    "Return a Predictor, its class names (none if nobody knows them) and its image size."
+    from cvdl.files.artifacts import load_predictor
+    from cvdl.files.metadata import artifact_format, describe_artifact
+
+    if artifact_format(model) in ("keras", "savedmodel"):
+        _start_tensorflow()
+    about = describe_artifact(model)
+    height, width = (side if isinstance(side, int) and side > 0 else None
+                     for side in about["image_shape"][:2])
+    if height != width or image_size not in (None, height or image_size):
+        wanted = "a square" if image_size is None else f"{image_size} × {image_size}"
+        raise DataError(f"{model}: it takes images of {height} × {width} pixels; expected "
+                        f"{wanted}")
+    if (size := height or image_size) is None:
+        raise DataError(f"--image-size: {model} takes images of any size; say how many pixels "
+                        "a side it was trained with, for instance --image-size 224")
+    return load_predictor(model), _class_names(classes) or about["classes"], size
+
+
+def _class_names(classes: str | None) -> list[str]:
+    "Read the names given by --classes."
+    if classes and Path(classes).is_file():
+        lines = Path(classes).read_text(encoding="utf-8").splitlines()
+        return [line.strip() for line in lines if line.strip()]
+    return [name.strip() for name in (classes or "").split(",") if name.strip()]
 
 # %% ../nbs/cli.ipynb #f2b31c42
 def _save_findings(findings, folder: Path) -> None:
@@ -247,37 +275,32 @@ def train(
                            source=_source(data, **selection), **options))
 
 # %% ../nbs/cli.ipynb #ea58dad5
-def _splits_of(model: Path, data: str | None):
-    "Return the splits a model was trained with, from its run; or those of `data`."
-    from cvdl.data import load
-    from cvdl.images.splits import Splits
+def _images_for(model: Path, data: str | None, classes, image_size: int, **options):
+    "Return what may judge a model: the test images of its run, or those of `data`."
+    from cvdl.evidence.test_images import EvaluationSet, find_splits, load_test_images
 
-    folder = (model if model.is_dir() else model.parent).parent / "splits"
+    splits = find_splits(model)
     if data is not None:
-        return load(data)
-    if not folder.exists():
-        raise DataError(f"--data: {folder} holds no splits; name the data set, for instance "
-                        "--data shapes")
-    return Splits.open(folder)
-
-
-def _trained_classes(model: Path) -> list[str] | None:
-    "Return the class names that a run noted; None for a file from elsewhere."
-    from cvdl.core import read_json
-
-    summary = (model if model.is_dir() else model.parent) / "run.json"
-    return read_json(summary).get("classes") if summary.exists() else None
+        return load_test_images(data, classes=classes, image_size=image_size,
+                                trained_on=splits, **options)
+    if splits is None:
+        raise DataError(f"--data: no splits lie beside {model}; name the data set, for "
+                        "instance --data shapes")
+    part = options.get("part") or "test"
+    if part not in splits.parts:
+        raise DataError(f"--split: expected one of {', '.join(splits.parts)}, got {part!r}")
+    return EvaluationSet(splits.parts[part], splits.classes, splits.name, splits.fingerprint)
 
 # %% ../nbs/cli.ipynb #c0de2006
-def _save_gradcam(network, splits, probabilities, file: Path) -> None:
+def _save_gradcam(network, test, probabilities, file: Path) -> None:
     "Draw Grad-CAM maps of five correct and five wrong answers."
     import numpy as np
 
     from cvdl.gradcam import plot_gradcam
 
-    correct = probabilities.argmax(axis=1) == splits.test.labels
+    correct = probabilities.argmax(axis=1) == test.images.labels
     chosen = np.concatenate([np.flatnonzero(correct)[:5], np.flatnonzero(~correct)[:5]])
-    axes = plot_gradcam(network, splits.test.subset(chosen), splits.classes)
+    axes = plot_gradcam(network, test.images.subset(chosen), test.classes)
     axes.flat[0].figure.savefig(file, bbox_inches="tight")
 
 # %% ../nbs/cli.ipynb #ea58dad6
@@ -285,13 +308,23 @@ def _save_gradcam(network, splits, probabilities, file: Path) -> None:
 def evaluate(
     model: _ModelPath,
     data: _OptionalData = None,
+    split: Annotated[str | None, typer.Option(
+        metavar="PART", help="train, validation, test or all; default: the images that the "
+        "model was not trained with, of a set with a test part only that.")] = None,
     gradcam: Annotated[bool, typer.Option(
         "--gradcam", help="Also draw Grad-CAM heat maps of hits and misses.")] = False,
+    classes: _Classes = None,
+    image_size: _ModelSize = None,
+    max_skipped: _MaxSkipped = 0.2,
     output: Annotated[Path, typer.Option(
         help="Folder for metrics.json and the figures.")] = Path("evaluation"),
 ):
-    "Measure a model on the test images: metrics.json, confusion matrix, Grad-CAM if asked for."
-    _start_tensorflow(model)
+    "Measure a model on images: metrics.json, confusion matrix, Grad-CAM if asked for."
+    predictor, names, size = _open_model(model, classes, image_size)
+    network = getattr(predictor, "model", None)
+    if gradcam and not hasattr(network, "layers"):
+        raise DataError(f"--gradcam: heat maps need the gradients of a Keras model; {model} "
+                        "has none. Give the run's folder or its .keras file")
     import matplotlib
 
     matplotlib.use("agg")
@@ -301,25 +334,27 @@ def evaluate(
     from cvdl.figures import use_book_style
     from cvdl.evaluation import evaluate as evaluate_predictor
     from cvdl.evaluation import plot_confusion_matrix
-    from cvdl.evidence.predictors import keras_predictor
-    from cvdl.networks.checkpoints import load_model
 
     use_book_style()
-    network, splits = load_model(model), _splits_of(model, data)
-    probabilities = keras_predictor(network)(splits.test.images)
-    metrics = evaluate_predictor(probabilities, splits.test, splits.classes,
-                                 model_classes=_trained_classes(model), resamples=1000)
+    test = _images_for(model, data, names, size, part=split, max_skipped=max_skipped)
+    probabilities = predictor(test.images.images)
+    metrics = evaluate_predictor(probabilities, test.images, test.classes,
+                                 model_classes=names or None, resamples=1000)
     output.mkdir(parents=True, exist_ok=True)
-    write_json(output / "metrics.json", {"model": str(model), **metrics.to_dict(),
-                                         "provenance": provenance(splits, seed=0)})
-    ax = plot_confusion_matrix(metrics.confusion_matrix, splits.classes)
+    write_json(output / "metrics.json", {
+        "model": str(model), "split": split, "left_out": test.left_out, **metrics.to_dict(),
+        "provenance": provenance(test, seed=0)})
+    ax = plot_confusion_matrix(metrics.confusion_matrix, test.classes)
     ax.figure.savefig(output / "confusion_matrix.png", bbox_inches="tight")
     if gradcam:
-        _save_gradcam(network, splits, probabilities, output / "gradcam_examples.png")
+        _save_gradcam(network, test, probabilities, output / "gradcam_examples.png")
     plt.close("all")
+    if test.left_out:
+        print(f"{test.name}: left out {test.left_out} images that the model was trained or "
+              "selected with")
     low, high = metrics.interval
     print(f"{model}: accuracy {metrics.accuracy:.2%} (95 % interval {low:.2%} to {high:.2%}, "
-          f"{metrics.n} test images of {splits.name}); see {output}/")
+          f"{metrics.n} {split or 'test'} images of {test.name}); see {output}/")
 
 # %% ../nbs/cli.ipynb #ffb39a60
 @app.command()
@@ -330,6 +365,7 @@ def export(
     quantize: Annotated[bool, typer.Option(
         "--quantize", help="int8 weights and activations; TFLite only.")] = False,
     data: _OptionalData = None,
+    classes: _Classes = None,
     output: Annotated[Path | None, typer.Option(
         help="Folder for the artifact; default models/<run>/export/<model>.")] = None,
 ):
@@ -337,21 +373,24 @@ def export(
     if quantize and format is not ExportFormat.tflite:
         raise DataError(f"--quantize: int8 is written as TFLite; use --format tflite, not "
                         f"{format.value}")
-    _start_tensorflow(model)
-    from cvdl.evidence.predictors import keras_predictor
+    from cvdl.data import load
+    from cvdl.evidence.test_images import find_splits
+
+    predictor, names, size = _open_model(model, classes)
+    splits = find_splits(model) if data is None else load(data, image_size=size)
+    if splits is None:
+        raise DataError(f"--data: no splits lie beside {model}; name the data set, for "
+                        "instance --data shapes")
     from cvdl.export import export as export_model
     from cvdl.export import parity
     from cvdl.files.artifacts import load_predictor
-    from cvdl.networks.checkpoints import load_model
 
-    network, splits = load_model(model), _splits_of(model, data)
-    run = (model if model.is_dir() else model.parent).parent
+    network, run = predictor.model, (model if model.is_dir() else model.parent).parent
     artifact = export_model(
         network, output or run / "export" / network.name, format=format.value,
-        quantize=quantize, classes=splits.classes,
+        quantize=quantize, classes=names or splits.classes,
         calibration_images=splits.train.images[:500] if quantize else None)
-    agreement = parity(keras_predictor(network), load_predictor(artifact.path),
-                       splits.test.images[:1000])
+    agreement = parity(predictor, load_predictor(artifact.path), splits.test.images[:1000])
     print(f"{artifact.path}: {artifact.format} {artifact.precision}, "
           f"{artifact.bytes / 1e6:.2f} MB; agrees with Keras on "
           f"{agreement['top1_agreement']:.2%} of {agreement['n']} images, largest difference "
@@ -364,16 +403,18 @@ def predict(
     model: _ModelPath,
     top: Annotated[int, typer.Option(
         min=1, help="Classes to name for each image.")] = 3,
+    classes: _Classes = None,
+    image_size: _ModelSize = None,
 ):
     "Name the most probable classes of images."
-    _start_tensorflow(model)
     import numpy as np
 
-    from cvdl.files.artifacts import describe_artifact, load_predictor
     from cvdl.images.decoding import decode_image
 
-    about, predictor = describe_artifact(model), load_predictor(model)
-    classes, size = about["classes"], about["image_shape"][0]
+    predictor, names, size = _open_model(model, classes, image_size)
+    if not names:
+        print(f"{model}: the file has no class names, so classes are numbers; --classes gives "
+              "them. Its input is taken to be RGB pixels of 0 to 255", file=sys.stderr)
     failed = False
     for path in images:
         try:
@@ -383,18 +424,36 @@ def predict(
             failed = True
             continue
         probabilities = predictor(pixels[None])[0]
+        titles = names or [str(index) for index in range(len(probabilities))]
+        if len(titles) != len(probabilities):
+            raise DataError(f"--classes: expected {len(probabilities)} names, one for each "
+                            f"output of {model}, got {len(titles)}")
         best = np.argsort(-probabilities)[:top]
-        print(f"{path}: " + ", ".join(f"{classes[i]} {probabilities[i]:.1%}" for i in best))
+        print(f"{path}: " + ", ".join(f"{titles[i]} {probabilities[i]:.1%}" for i in best))
     if failed:
         raise typer.Exit(1)
 
 # %% ../nbs/cli.ipynb #0de612b2
+_EXTRAS = {  # package: the extra that brings it
+    "ai_edge_litert": "tflite", "flatbuffers": "tflite", "onnxruntime": "onnx",
+    "tensorflow": "train", "keras": "train", "h5py": "train", "filelock": "train",
+    "onnx": "export", "tf2onnx": "export", "tf_keras": "export",
+    "tensorflow_model_optimization": "export", "pyarrow": "book"}
+
+
 def main() -> None:
     "Run the `cvdl` command."
     try:
         app()
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"cvdl: {error}", file=sys.stderr)
+        sys.exit(1)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _EXTRAS:
+            raise
+        print(f"cvdl: this needs the package {package}, which is not installed: "
+              f"pip install 'cvdl[{_EXTRAS[package]}]'", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("cvdl: interrupted; the same command resumes", file=sys.stderr)

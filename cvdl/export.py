@@ -19,8 +19,9 @@ import tf2onnx
 
 from .core import atomic, silence_stderr
 from .evidence.predictors import Predictor
-from .files.artifacts import Artifact, artifact_metadata, read_artifact
+from .files.artifacts import Artifact, read_artifact
 from .files.tflite import convert_float32, frozen_function, quantize_int8
+from .networks.checkpoints import model_metadata
 
 # %% ../nbs/08_export.ipynb #4476b74e
 def _servable(model: keras.Model) -> tf.Module:
@@ -44,7 +45,7 @@ def export_savedmodel(
     classes: Sequence[str] = (),  # class names, kept in assets.extra
 ) -> Path:
     "Write `model` as a SavedModel with a `serving_default` signature that takes uint8 pixels."
-    about = artifact_metadata(model, classes, "float32")
+    about = model_metadata(model, classes)
     module = _servable(model)
     signatures = {"serving_default": module.serve.get_concrete_function()}
     with atomic(Path(path)) as partial:
@@ -77,7 +78,7 @@ def export_onnx(
                                                  opset=OPSET)
     for value in [*graph.graph.input, *graph.graph.output]:
         value.type.tensor_type.shape.dim[0].dim_param = "batch"
-    about = artifact_metadata(model, classes, "float32")
+    about = model_metadata(model, classes)
     onnx.helper.set_model_props(graph, {"cvdl": json.dumps(about)})
     onnx.checker.check_model(graph)
     with atomic(Path(path)) as partial:

@@ -41,6 +41,7 @@ from cvdl.networks.runs import (
     change_learning_rate,
     claim_folder,
     finish_run,
+    hold_folder,
     made_by,
     open_images,
     restore_run,
@@ -202,19 +203,19 @@ def train(
     retrain: bool = False,  # train even where committed weights fit, or were taken
 ) -> Run:
     "Train the model of a recipe, or continue with it, or open it when it is finished."
-    folder = Path(folder)
-    if (folder / "model.keras").exists() and made_by(folder, recipe, splits.fingerprint):
-        if not (retrain and "restored" in read_json(folder / "run.json")):
-            return Run.open(folder)
-        set_aside(folder)
-    elif committed and not retrain and (Path(committed) / "weights.npz").exists():
-        if run := _committed_run(recipe, splits, folder, Path(committed)):
-            return run
-    recipe = claim_folder(folder, recipe, splits.fingerprint, source=source)
-    return _train_phases(
-        recipe, splits, folder, progress=progress, callbacks=callbacks,
-        devices=resolve_devices(device), checkpoint_seconds=checkpoint_seconds,
-    )
+    folder, options = Path(folder), {
+        "progress": progress, "callbacks": callbacks, "devices": resolve_devices(device),
+        "checkpoint_seconds": checkpoint_seconds}
+    with hold_folder(folder):
+        if (folder / "model.keras").exists() and made_by(folder, recipe, splits.fingerprint):
+            if not (retrain and "restored" in read_json(folder / "run.json")):
+                return Run.open(folder)
+            set_aside(folder)
+        elif committed and not retrain and (Path(committed) / "weights.npz").exists():
+            if run := _committed_run(recipe, splits, folder, Path(committed)):
+                return run
+        recipe = claim_folder(folder, recipe, splits.fingerprint, source=source)
+        return _train_phases(recipe, splits, folder, **options)
 
 # %% ../nbs/04_training.ipynb #ec6aff02
 def _finished_run(folder: Path, learning_rate: float | None) -> Run | None:
@@ -240,12 +241,13 @@ def resume(
     folder = Path(folder)
     if run := _finished_run(folder, learning_rate):
         return run
-    identity = read_json(folder / "identity.json")
-    recipe = Recipe.from_dict(identity["recipe"])
-    splits = open_images(folder, identity["fingerprint"])
-    if learning_rate is not None and learning_rate != recipe.optimizer.learning_rate:
-        recipe = change_learning_rate(folder, recipe, learning_rate)
-    return train(recipe, splits, folder, **options)
+    with hold_folder(folder):
+        identity = read_json(folder / "identity.json")
+        recipe = Recipe.from_dict(identity["recipe"])
+        splits = open_images(folder, identity["fingerprint"])
+        if learning_rate is not None and learning_rate != recipe.optimizer.learning_rate:
+            recipe = change_learning_rate(folder, recipe, learning_rate)
+        return train(recipe, splits, folder, **options)
 
 # %% ../nbs/04_training.ipynb #c2eac01d
 def plot_history(

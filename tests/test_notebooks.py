@@ -303,6 +303,7 @@ LIGHT = [
     "report",
     "cli",
     "files.artifacts",
+    "files.metadata",
     *(
         f"images.{name}"
         for name in "decoding sources labels pixels cache splits shapes scenes audit".split()

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Predictor', 'check_images', 'check_labels', 'check_classes', 'check_probabilities', 'predict_probabilities',
-           'keras_predictor', 'augmented_predictor', 'rest_predictor', 'average_probabilities', 'ensemble_predictor',
-           'fit_ensemble_weights']
+           'two_columns', 'keras_predictor', 'augmented_predictor', 'rest_predictor', 'average_probabilities',
+           'ensemble_predictor', 'fit_ensemble_weights']
 
 # %% ../../nbs/evidence/predictors.ipynb #1b590339
 import json
@@ -135,6 +135,15 @@ def predict_probabilities(
                          f"one row per image, got {answers.shape}")
     return check_probabilities(answers)
 
+# %% ../../nbs/evidence/predictors.ipynb #f2efc428
+def two_columns(
+    answers: np.ndarray,  # (N, C) probabilities, or (N, 1) of a sigmoid
+) -> np.ndarray:          # (N, C) or (N, 2)
+    "Turn the answers of one sigmoid into probabilities of both classes; leave others alone."
+    if answers.ndim == 2 and answers.shape[1] == 1:
+        return np.concatenate([1 - answers, answers], axis=1)
+    return answers
+
 # %% ../../nbs/evidence/predictors.ipynb #cd24c969
 def keras_predictor(
     model: "keras.Model",    # takes raw pixels, returns probabilities
@@ -157,9 +166,11 @@ def keras_predictor(
             expected = ", ".join(str(side) for side in model.input_shape[1:])
             raise ValueError(f"images: expected shape (N, {expected}), got {images.shape}")
         batches = range(0, len(images), batch_size)
-        return np.concatenate([compiled(tf.constant(images[start:start + batch_size])).numpy()
-                               for start in batches])
+        return two_columns(np.concatenate(
+            [compiled(tf.constant(images[start:start + batch_size])).numpy()
+             for start in batches]))
 
+    predict.model = model
     return predict
 
 # %% ../../nbs/evidence/predictors.ipynb #f3c13877

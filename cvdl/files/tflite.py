@@ -20,7 +20,8 @@ from tqdm.auto import tqdm
 
 from ..core import atomic, silence_stderr
 from ..evidence.predictors import check_images
-from .artifacts import artifact_metadata, embed_tflite_metadata
+from .metadata import embed_tflite_metadata
+from ..networks.checkpoints import model_metadata
 
 # %% ../../nbs/files/tflite.ipynb #2ef0fce0
 def frozen_function(
@@ -51,7 +52,7 @@ def convert_float32(
     classes: Sequence[str] = (),  # class names, embedded in the file
 ) -> Path:
     "Write `model` as a float32 TFLite file: uint8 pixels in, float32 probabilities out."
-    metadata = artifact_metadata(model, classes, "float32")
+    metadata = model_metadata(model, classes)
     with silence_stderr():
         converter = tf.lite.TFLiteConverter.from_concrete_functions(
             [frozen_function(model)], trackable_obj=tf.Module())
@@ -95,7 +96,7 @@ def quantize_int8(
     if zero_point != 0 or abs(scale - 1) > 1e-6:
         raise RuntimeError(f"{path}: pixels would be rounded to scale {scale}, zero point "
                            f"{zero_point}; expected 1 and 0")
-    about = artifact_metadata(model, classes, "int8")
+    about = model_metadata(model, classes, "int8")
     return _write(path, embed_tflite_metadata(content, about))
 
 # %% ../../nbs/files/tflite.ipynb #992c9f79

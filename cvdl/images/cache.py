@@ -38,6 +38,7 @@ class ImagePool:
     part: np.ndarray                                 # (N,) 'train', 'validation' or 'test'
     classes: tuple[str, ...]                         # also those without a readable image
     skipped_files: tuple[tuple[str, str], ...] = ()  # (file, reason)
+    name: str = ""                                   # of the data set, where it is known
 
 # %% ../../nbs/images/cache.ipynb #2cd91ebb
 def _hash_file(path: Path) -> bytes:
@@ -193,7 +194,8 @@ def _write_entry(
         arrays = {name: values[readable] for name, values in _describe_images(table).items()}
         np.savez(partial / "table.npz", **arrays, digests=digests, sizes=sizes)
         write_json(partial / "about.json", {
-            "side": size, "kept": keep, "by_pixels": by_pixels, "classes": list(table["label"].cat.categories),
+            "side": size, "kept": keep, "by_pixels": by_pixels,
+            "classes": list(table["label"].cat.categories),
             "skipped_files": [*unreadable, *skipped_files]})
 
 # %% ../../nbs/images/cache.ipynb #9ab05b42

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['write_arrays', 'read_arrays', 'TrainingState', 'get_state', 'set_model_state', 'save_state', 'write_history',
-           'restore_state', 'save_progress', 'restore_best', 'to_float16', 'save_weights', 'load_weights', 'load_model']
+           'restore_state', 'save_progress', 'restore_best', 'to_float16', 'save_weights', 'load_weights', 'load_model',
+           'model_metadata', 'save_model']
 
 # %% ../../nbs/networks/checkpoints.ipynb #c66f6260
 import json
 import os
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -211,4 +212,34 @@ def load_model(
         return keras.models.load_model(file, compile=False)
     except Exception as error:        # Keras raises whatever its reader meets
         raise DataError(f"{file}: cannot be read as a Keras model ({type(error).__name__}); "
-                        "expected a .keras file") from error
+                        "expected a .keras or .h5 file") from error
+
+# %% ../../nbs/networks/checkpoints.ipynb #ee0eefcb
+def model_metadata(
+    model: keras.Model,
+    classes: Sequence[str],      # class names, in the order of the outputs; or none
+    precision: str = "float32",  # or "int8"
+) -> dict:                       # classes, image_shape, model, precision
+    "Return what a model file says about itself; ValueError for names that do not fit."
+    outputs = max(2, model.output_shape[-1])  # one sigmoid tells two classes apart
+    if classes and len(classes) != outputs:
+        raise ValueError(f"classes: expected {outputs} names, one for each output, "
+                         f"got {len(classes)}")
+    return {"classes": list(classes), "image_shape": list(model.input_shape[1:]),
+            "model": model.name, "precision": precision}
+
+
+def save_model(
+    model: keras.Model,
+    file: str | os.PathLike,       # ends in .keras
+    *,
+    classes: Sequence[str] = (),   # class names, in the order of the outputs
+) -> Path:
+    "Write a model with its class names inside, whole or not at all."
+    file, about = Path(file), model_metadata(model, classes)
+    partial = file.with_name("partial.keras")  # Keras wants the file to end like this
+    model.save(partial)
+    with zipfile.ZipFile(partial, "a") as archive:
+        archive.writestr("cvdl.json", json.dumps(about))
+    os.replace(partial, file)
+    return file
