@@ -78,6 +78,18 @@ def clone(
     return folder
 
 
+def pytest_sessionstart():
+    """Copies of the repository borrow this environment; one that is older than its files would
+    be installed again from there."""
+    ready = ROOT / ".venv" / ".ready"
+    if not ready.exists() or any(
+        (ROOT / name).stat().st_mtime > ready.stat().st_mtime
+        for name in ("requirements.txt", "setup.py")
+    ):
+        pytest.exit("the environment is older than setup.py or the lock: run `make test`, or "
+                    "`make .venv/.ready` first", returncode=2)
+
+
 def pytest_collection_modifyitems(items):
     "The longest files first: a file goes to one worker, and nobody should wait for the last."
     longest = [

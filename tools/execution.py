@@ -4,6 +4,7 @@ import fcntl
 import os
 import shutil
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -97,39 +98,19 @@ def engine(
     class Engine(NBClientEngine):
         @classmethod
         def execute_managed_notebook(cls, nb_man, kernel_name, **options):
+            sockets = tempfile.TemporaryDirectory(prefix="cvdl-")
             manager = AsyncKernelManager(
-                kernel_name=kernel_name, transport="ipc"
+                kernel_name=kernel_name, transport="ipc", ip=f"{sockets.name}/kernel"
             )  # files of this user, no open ports
+            if "CVDL_PAGE_SERVER" in os.environ:
+                fork = str(Path(__file__).with_name("kernel_client.py"))
+                manager.kernel_spec.argv = [sys.executable, fork, "-f", "{connection_file}"]
             client = Client(nb_man, km=manager, kernel_name=kernel_name, startup_timeout=120)
             client.line = line
-            return client.execute(cleanup_kc=True, stdout=log, stderr=log)
+            with sockets:
+                return client.execute(cleanup_kc=True, stdout=log, stderr=log)
 
     return Engine
-
-
-def environment(
-    ipython: Path,  # a folder for what IPython keeps
-) -> dict[str, str]:
-    "Variables that make a kernel the same on every machine."
-    startup = ipython / "profile_default" / "startup"
-    startup.mkdir(parents=True, exist_ok=True)
-    # nobody sees a widget in a headless run: let progress bars be text; cvdl comes before
-    # TensorFlow, whose switches it sets
-    (startup / "start.py").write_text(
-        "import sys, cvdl, tqdm.std\nsys.modules['tqdm.autonotebook'] = tqdm.std\ndel sys, "
-        "cvdl, tqdm\n"
-    )
-    return {
-        "IPYTHONDIR": str(ipython),
-        "JUPYTER_PREFER_ENV_PATH": "1",
-        "JUPYTER_PATH": "",
-        "PYTHONPATH": str(ROOT),
-        "PYDEVD_DISABLE_FILE_VALIDATION": "1",
-        "PYTHONHASHSEED": "0",
-        "KERAS_BACKEND": "tensorflow",
-        "MPLBACKEND": "module://matplotlib_inline.backend_inline",
-        "TF_CPP_MIN_LOG_LEVEL": "2",
-    }
 
 
 def lock(
@@ -159,7 +140,6 @@ def execute(
     line: Line,
 ) -> None:
     "Run the notebook from the root of the repository in a kernel of this Python."
-    os.environ.update(environment(models / ".ipython"))
     written = models / "logs" / f"{chapter}.log"
     written.parent.mkdir(parents=True, exist_ok=True)
     with open(written, "w", encoding="utf-8") as log:
