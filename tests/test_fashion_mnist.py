@@ -1,12 +1,9 @@
-"Fashion-MNIST, as Debian packages it, through the experiment of every chapter."
+"Fashion-MNIST, as Debian packages it."
 
-import json
 import os
 
 import numpy as np
 import pytest
-from common import chapters
-from conftest import make
 
 from cvdl.data import load
 from cvdl.images.sources import FASHION_MNIST_FOLDER
@@ -36,23 +33,3 @@ def test_the_package_is_read_as_published(tmp_path, monkeypatch):
     assert (np.bincount(splits.validation.labels) == 600).all()
     mean_gray = float(splits.train.images.mean() / 255)
     assert round(mean_gray, 2) == 0.29, "the mean gray that is published with the data"
-
-
-def test_every_experiment(experiments, tmp_path, monkeypatch):
-    "Lessons and rooms know nothing of the data, so only the chapters run."
-    monkeypatch.setenv("CVDL_HOME", str(tmp_path / "home"))
-    last = f"models/fashion_mnist-brief/stamps/{chapters()[-1]}.done"
-    make(experiments, last, "PROFILE=brief", "DATA=fashion_mnist")
-    results = experiments / "results" / "fashion_mnist-brief"
-    splits = load("fashion_mnist", num_images=400)
-    read = {path.stem: json.loads(path.read_text()) for path in results.glob("*.json")}
-    used = [result["provenance"]["data"] for result in read.values() if "provenance" in result]
-    assert {facts["fingerprint"] for facts in used} == {splits.fingerprint}
-    assert {facts["name"] for facts in used} == {"fashion_mnist"}
-    evaluated = read["evaluation"]["models"]
-    assert set(evaluated) >= {"baseline", "efficientnet-lite0"}
-    for model in evaluated.values():
-        assert 0 <= model["test"]["accuracy"] <= 1
-    accuracy = evaluated["efficientnet-lite0"]["test"]["accuracy"]
-    assert accuracy > 0.2, "ten classes: chance is 0.1"
-    assert sorted(path.stem for path in (results / "nbs").glob("*.ipynb")) == chapters()

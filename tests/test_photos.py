@@ -5,15 +5,32 @@ import re
 
 import numpy as np
 import pytest
+from common import chapters
 from conftest import make
 from PIL import Image
 
 from cvdl.images.shapes import draw_shapes
+from cvdl.images.splits import Splits
+
+
+def write_pictures(folder, count=12):
+    folder.mkdir(parents=True)
+    for index, image in enumerate(draw_shapes(count, size=16, seed=0).images):
+        Image.fromarray(image).save(folder / f"{index}.png")
+
+
+def write_broken(folder, count):
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(count):
+        (folder / f"bad {index}.png").write_bytes(b"not a picture")
 
 
 @pytest.mark.parametrize("problem, expected", [
-    ("no such name", "no-such-data"), ("empty folder", "empty"), ("one class", "one class"),
-    ("one damaged file", "damaged"), ("many damaged files", "max_skipped"),
+    ("no such name", "'no-such-data' is neither 'shapes'"),
+    ("empty folder", "found no images in class folders"),
+    ("one class", "found only the class 'cat'"),
+    ("a class of damaged files", "class 'cat' with 0 readable images"),
+    ("many damaged files", "24 of 48 files cannot be used"),
 ])
 def test_data_that_cannot_be_used_is_one_sentence(experiments, tmp_path, problem, expected):
     folder = tmp_path / "photos"
@@ -21,18 +38,19 @@ def test_data_that_cannot_be_used_is_one_sentence(experiments, tmp_path, problem
         folder = "no-such-data"
     elif problem == "empty folder":
         folder.mkdir()
+    elif problem == "one class":
+        write_pictures(folder / "cat")
+    elif problem == "a class of damaged files":
+        write_broken(folder / "cat", 1)
+        write_pictures(folder / "dog")
     else:
-        (folder / "cat").mkdir(parents=True)
-        (folder / "cat" / "a.png").write_bytes(b"not a picture")
-        if problem == "many damaged files":
-            (folder / "dog").mkdir()
-            for index, image in enumerate(draw_shapes(24, size=16, seed=0).images):
-                Image.fromarray(image).save(folder / ("cat", "dog")[index % 2] / f"{index}.png")
-                (folder / "dog" / f"bad {index}.png").write_bytes(b"not a picture")
+        write_pictures(folder / "cat")
+        write_pictures(folder / "dog")
+        write_broken(folder / "dog", 24)
     done = make(experiments, "chapters", f"DATA={folder}", "RUN=wrong", "PROFILE=tiny", code=2)
     lines = done.stderr.splitlines()
     assert re.match(r"chapter 00_data, cell \d+ \(In \[\d+\]\): DataError: \S", lines[0])
-    assert len(lines) == 3
+    assert expected in lines[0] and len(lines) == 3
 
 
 def test_a_folder_of_photos_trains_and_names_the_damaged_file(experiments, tmp_path):
@@ -47,8 +65,8 @@ def test_a_folder_of_photos_trains_and_names_the_damaged_file(experiments, tmp_p
             Image.fromarray(pixels.astype(np.uint8)).convert(mode).save(folder / f"{i}.png")
     (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 no more")
 
-    make(experiments, "models/photos/stamps/05_evaluation.done", "PROFILE=brief",
-         f"DATA={tmp_path / 'my photos'}", "RUN=photos")
+    last = f"models/photos/stamps/{chapters()[-1]}.done"
+    make(experiments, last, "PROFILE=brief", f"DATA={tmp_path / 'my photos'}", "RUN=photos")
 
     results = experiments / "results" / "photos"
     (entry,) = json.loads((results / "data.json").read_text())["skipped_files"]
@@ -57,3 +75,11 @@ def test_a_folder_of_photos_trains_and_names_the_damaged_file(experiments, tmp_p
     evaluation = json.loads((results / "evaluation.json").read_text())
     assert set(evaluation["models"]) == {"baseline", "efficientnet-lite0"}
     assert set(evaluation["models"]["baseline"]["test"]["per_class"]) == {"cat", "dog", "bird"}
+    splits = Splits.open(experiments / "models" / "photos" / "splits")
+    read = {path.stem: json.loads(path.read_text()) for path in results.glob("*.json")}
+    used = [result["provenance"]["data"] for result in read.values() if "provenance" in result]
+    assert len(used) >= 9 and {facts["fingerprint"] for facts in used} == {splits.fingerprint}
+    assert {facts["name"] for facts in used} == {"my photos"}
+    executed = sorted(path.stem for path in (results / "nbs").glob("*.ipynb"))
+    assert executed == chapters(), "lessons and rooms know nothing of the data"
+    assert "my photos" in (results / "model_card.md").read_text()

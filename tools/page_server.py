@@ -26,8 +26,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = (
-    "tensorflow",
-    "keras",
     "numpy",
     "pandas",
     "matplotlib.pyplot",
@@ -36,7 +34,8 @@ LIBRARIES = (
     "cv2",
     "PIL.Image",
     "seaborn",
-)  # imported where a notebook mentions them, in this order
+)  # imported where a notebook mentions them
+SLOW_LIBRARIES = ("tensorflow", "keras")  # not for a make of one page
 ENVIRONMENT = {  # of every page and kernel, the same on every machine
     "JUPYTER_PREFER_ENV_PATH": "1",
     "JUPYTER_PATH": "",
@@ -74,13 +73,13 @@ def ask(
 # -- the server --------------------------------------------------------------------------------
 
 
-def preload() -> None:
-    "Import what the notebooks of this book mention."
+def preload(names: tuple[str, ...]) -> None:
+    "Import those libraries that the notebooks of this book mention."
     text = "".join(
         path.read_text(encoding="utf-8", errors="ignore")
         for path in (ROOT / "nbs").rglob("*.ipynb")
     )
-    for name in LIBRARIES:
+    for name in names:
         if name.partition(".")[0] in text:
             with contextlib.suppress(ImportError):  # the page that needs it will say so
                 __import__(name)
@@ -183,6 +182,7 @@ def serve(address: str, owner: int) -> None:
     end = os.pidfd_open(owner)
     watched.register(end, selectors.EVENT_READ, "owner")
     forks: dict[int, socket.socket] = {}
+    pages: list[int] = []
 
     def kill(pid: int) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -204,8 +204,9 @@ def serve(address: str, owner: int) -> None:
             os.close(stream)
         forks[pid] = connection
         watched.register(connection, selectors.EVENT_READ, pid)
-        if request["kind"] == "page":
-            preload()  # while the page prepares its notebook; its kernel comes next
+        if request["kind"] == "page":  # it prepares its notebook; its kernel comes next
+            preload(LIBRARIES + SLOW_LIBRARIES if pages else LIBRARIES)
+            pages.append(pid)
 
     def reap() -> None:
         with contextlib.suppress(BlockingIOError):
