@@ -51,7 +51,7 @@ python := $(VENV)/bin/python
 # A run is one chain: what has no other order keeps that of `stamps`, the rooms last.
 .NOTPARALLEL:
 
-.PHONY: help book chapters site test lint export bench bench-full serve-site lock clean distclean check plan
+.PHONY: help book chapters site test test-all lint export bench bench-full serve-site lock clean distclean check plan
 
 help:
 	@echo 'make book [PROFILE=$(subst $() ,|,$(profiles))] [DATA=path-or-name] [RUN=name]'
@@ -59,6 +59,7 @@ help:
 	@echo 'make chapters    the same without the site'
 	@echo 'make site        render the committed CIFAR-10 run, or RUN=name, without training'
 	@echo 'make test        lint, lesson cells, pipeline and site'
+	@echo 'make test-all    the same and what a release needs: each extra installed, each chapter opened alone, more kills'
 	@echo 'make bench       speed and size of the exported models of a run; speed of loading, augmentation, training and heat maps;'
 	@echo '                 what fast-cnn learns in two epochs of CIFAR-10; the memory of a training on many images'
 	@echo 'make bench-full  the trainings on CIFAR-10 beside the book, hours: fast-cnn with three seeds, what each ingredient buys,'
@@ -118,6 +119,9 @@ lock:
 
 test: $(VENV)/.ready
 	@$(python) -m pytest
+
+test-all: $(VENV)/.ready
+	@$(python) -m pytest -m 'release or not release'
 
 lint: $(VENV)/.ready
 	@$(VENV)/bin/ruff check

@@ -448,10 +448,3 @@ def test_nothing_happens_at_inference(drawn):
         for images in (np.asarray(pixels), drawn.images.astype("float32"))
     )
     assert seen == expected
-
-
-def test_the_batched_engine_is_four_times_as_fast():
-    from bench_augmentation import measure_engines
-
-    measured = measure_engines(images=2000, repeats=3)
-    assert measured["ratio"] >= 4, measured

@@ -147,21 +147,10 @@ def test_export_agrees_and_predicts(folder, photo, options):
     printed = run("predict", "--model", artifact, image, cwd=folder).stdout
     if "--quantize" not in options:
         assert printed == keras
-    assert any(
-        name in printed
-        for name in [
-            "disc",
-            "ring",
-            "spiral",
-            "heart",
-            "star",
-            "square",
-            "cross",
-            "arrow",
-            "crescent",
-            "triangle",
-        ]
-    )
+    else:  # the same class first, and no share that moved by more than a tenth
+        shares = [re.findall(r"(\w+) ([\d.]+)%", line) for line in (printed, keras)]
+        assert shares[0][0][0] == shares[1][0][0]
+        assert abs(float(shares[0][0][1]) - float(shares[1][0][1])) < 10
 
 
 def test_predict_goes_on_behind_a_bad_file(folder):
@@ -229,7 +218,10 @@ def test_audit_finds_what_was_planted(tmp_path):
     [
         (["train", "--data", "no-such-data"], "no-such-data"),
         (["audit", "--data", "no-such-data"], "no-such-data"),
-        (["train", "--data", "shapes", "--num-images", "5"], ""),
+        (
+            ["train", "--data", "shapes", "--num-images", "5"],
+            "num_images: expected at least 30",
+        ),
         (["train", "--model", "baseline", "--freeze-base"], "no pretrained base"),
         (
             ["train", "--num-images", "300", "--device", "gpu:9"],

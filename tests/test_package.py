@@ -145,6 +145,7 @@ def test_the_core_alone_loads_audits_and_says_what_is_missing(install, models):
         assert "Traceback" not in done.stderr
 
 
+@pytest.mark.release
 def test_train_and_export_have_what_they_need(install, models):
     tools = install(["train"])
     trained = run(tools / "cvdl", "train", "--data", "photos", "--epochs", 1, cwd=models)
@@ -156,6 +157,7 @@ def test_train_and_export_have_what_they_need(install, models):
         assert "agrees with Keras on 100.00%" in said
 
 
+@pytest.mark.release
 def test_serve_book_and_dev_have_their_commands(install, models):
     tools = install(["serve"])
     for format in ("tflite", "onnx"):

@@ -9,20 +9,25 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 from urllib.parse import quote
 
 import nbformat
 import numpy as np
 import pytest
+import yaml
 from bs4 import BeautifulSoup
 from build_site import fold_title, number
 from common import RESULTS, chapters, listed, parts, rooms
-from conftest import environment, make
+from conftest import ROOT, environment, make
 from execution import LARGEST
+from nbformat.v4 import new_code_cell
 
 CHAPTERS, ROOMS = chapters(), rooms()
+BIN = Path(sys.executable).parent
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
@@ -436,3 +441,52 @@ def test_confusion_matrix_answers_below_itself(browse):
             answer.bounding_box()["y"]
             >= matrix.bounding_box()["y"] + matrix.bounding_box()["height"] - 1
         ), "it hides no cell"
+
+
+# -- chapters opened by hand -------------------------------------------------------------------
+
+
+def run_alone(notebook, folder, parameters, *, code=0):
+    "Run a notebook as somebody does who opens it: in its folder, without naming a run."
+    notebook.cells.append(new_code_cell("import sys\nprint(sorted(sys.modules))"))
+    source, output = folder / "alone.ipynb", folder / "alone.out.ipynb"
+    nbformat.write(notebook, source)
+    (folder / "alone.yml").write_text(yaml.safe_dump(parameters))
+    command = [BIN / "papermill", source, output, "-f", folder / "alone.yml", "-k", "python3",
+               "--cwd", folder, "--no-progress-bar"]
+    done = subprocess.run(command, env={**environment(), "PYTHONPATH": str(ROOT)},
+                          capture_output=True, text=True, timeout=600)
+    assert done.returncode == code, done.stderr[-3000:]
+    return done.stderr if code else nbformat.read(output, as_version=4)
+
+
+def slow_tests_except(*fast):
+    "The chapters after the first; all but some are for `make test-all`."
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.release)
+            for name in CHAPTERS[1:]]
+
+
+@pytest.mark.parametrize("chapter", slow_tests_except("10_report"))
+def test_a_chapter_opened_alone_reads_a_copy_of_the_newest_run(tiny, chapter):
+    parameters = yaml.safe_load((tiny / f"models/tiny/parameters/{chapter}.yml").read_text())
+    del parameters["run"]
+    before = {path: path.stat().st_mtime_ns
+              for kind in ("models", "results") for path in (tiny / kind / "tiny").rglob("*")}
+    notebook = nbformat.read(tiny / "nbs" / f"{chapter}.ipynb", as_version=4)
+    done = run_alone(notebook, tiny / "nbs", parameters)
+    said = "".join(output.get("text", "") for cell in done.cells
+                   for output in cell.get("outputs", []))
+    assert "reads a copy of the run tiny, the newest" in said
+    assert ("'tensorflow'" in said) == (chapter != "10_report"), "10 computes nothing with it"
+    assert (tiny / "results" / "tiny-lab").is_dir()
+    after = {path: path.stat().st_mtime_ns
+             for kind in ("models", "results") for path in (tiny / kind / "tiny").rglob("*")}
+    assert after == before, "the run that it reads stays as it was"
+
+
+def test_a_chapter_opened_on_a_fresh_clone_says_what_to_do(tmp_path):
+    (tmp_path / "settings.ini").touch()
+    notebook = nbformat.read(ROOT / "nbs" / "10_report.ipynb", as_version=4)
+    said = run_alone(notebook, tmp_path, {}, code=1)
+    assert "No run has what this chapter reads (results/data.json): make one with `make book`" \
+        in said
