@@ -568,6 +568,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'cvdl/files/metadata.py'),
                                      'cvdl.files.metadata.embed_tflite_metadata': ( 'files/metadata.html#embed_tflite_metadata',
                                                                                     'cvdl/files/metadata.py'),
+                                     'cvdl.files.metadata.open_onnx': ('files/metadata.html#open_onnx', 'cvdl/files/metadata.py'),
                                      'cvdl.files.metadata.read_tflite_metadata': ( 'files/metadata.html#read_tflite_metadata',
                                                                                    'cvdl/files/metadata.py')},
             'cvdl.files.tflite': { 'cvdl.files.tflite._representative_dataset': ( 'files/tflite.html#_representative_dataset',

@@ -14,6 +14,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 import cvdl  # noqa: F401  before TensorFlow, whose switches it sets
 
 ROOT = Path(__file__).resolve().parent.parent
+pytest.register_assert_rewrite("small")  # fixtures that several files share
 
 
 def environment() -> dict[str, str]:

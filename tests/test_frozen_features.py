@@ -1,58 +1,21 @@
 "Phase 1: features that are computed once, and the head on them."
 
 import dataclasses
-from pathlib import Path
 
-import h5py
 import keras
 import numpy as np
 import pytest
+from small import backbone_recipe, keras_weights
 
 from cvdl import training
-from cvdl.data import load
-from cvdl.images.policies import Policy
 from cvdl.networks import frozen_features
 from cvdl.networks.building import build_model
 from cvdl.networks.frozen_features import prepare_backbone, train_head
 from cvdl.networks.recipes import Recipe
 from cvdl.training import train
-from cvdl.transfer import BACKBONES, backbone_layers, transfer_model
+from cvdl.transfer import backbone_layers, transfer_model
 
-
-@pytest.fixture(scope="module")
-def splits():
-    return load("shapes", num_images=300, image_size=16)
-
-
-def backbone_recipe(**changes) -> Recipe:
-    return Recipe(
-        model="efficientnet-lite0", epochs=2, batch_size=60, architecture={"input_size": 32},
-        optimizer={"name": "adam", "learning_rate": 1e-3, "weight_decay": 0.0},
-        schedule={"warmup_epochs": 0.0}, precision="float32", policy=Policy.none(),
-    ).replace(**changes)
-
-
-def keras_weights(file: Path, layers: list) -> None:
-    "The way in which Keras wrote weights until version 3, by name of the layer."
-    with h5py.File(file, "w") as stored:
-        for layer in layers:
-            group = stored.create_group(layer.name)
-            group.attrs["weight_names"] = [weight.path for weight in layer.weights]
-            for weight in layer.weights:
-                group[weight.path] = np.full(weight.shape, 0.5, np.float32)
-
-
-@pytest.fixture(scope="module")
-def small_backbone():
-    return transfer_model("mobilenetv2", (32, 32, 3), 3, input_size=32, pretrained=False)[0]
-
-
-@pytest.fixture
-def weight_file(tmp_path, monkeypatch) -> Path:
-    "Where the weights of MobileNetV2 are looked for."
-    monkeypatch.setenv("CVDL_HOME", str(tmp_path))
-    (tmp_path / "weights").mkdir()
-    return tmp_path / "weights" / BACKBONES["mobilenetv2"].weight_file
+pytest_plugins = "small"
 
 
 def test_a_file_that_ends_early_is_loaded_in_part_and_names_what_stayed_random(

@@ -4,38 +4,17 @@ import os
 import platform
 import subprocess
 import sys
-from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
+from small import keras_weights
 
 from cvdl.images.shapes import draw_shapes
 from cvdl.networks.features import extract_features
-from cvdl.transfer import BACKBONES, backbone_layers, transfer_model
+from cvdl.transfer import backbone_layers, transfer_model
 
-
-def keras_weights(file: Path, layers: list) -> None:
-    "Write weights as Keras did until version 3, by name of the layer."
-    with h5py.File(file, "w") as stored:
-        for layer in layers:
-            group = stored.create_group(layer.name)
-            group.attrs["weight_names"] = [weight.path for weight in layer.weights]
-            for weight in layer.weights:
-                group[weight.path] = np.full(weight.shape, 0.5, np.float32)
-
-
-@pytest.fixture(scope="module")
-def small_backbone():
-    return transfer_model("mobilenetv2", (32, 32, 3), 3, input_size=32, pretrained=False)[0]
-
-
-@pytest.fixture
-def weight_file(tmp_path, monkeypatch) -> Path:
-    "Where the weights of MobileNetV2 are looked for."
-    monkeypatch.setenv("CVDL_HOME", str(tmp_path))
-    (tmp_path / "weights").mkdir()
-    return tmp_path / "weights" / BACKBONES["mobilenetv2"].weight_file
+pytest_plugins = "small"
 
 
 @pytest.mark.parametrize("kind, words", [

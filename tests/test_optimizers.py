@@ -9,9 +9,8 @@ import keras
 import numpy as np
 import pytest
 from conftest import ROOT
+from small import SMALL, backbone_recipe
 
-from cvdl.data import load
-from cvdl.images.policies import Policy
 from cvdl.networks.building import build_model
 from cvdl.networks.fused import PLAIN
 from cvdl.networks.optimizers import compile_model, make_loss
@@ -19,27 +18,7 @@ from cvdl.networks.recipes import Recipe
 from cvdl.networks.streams import train_dataset
 from cvdl.transfer import unfreeze_top
 
-SMALL = Recipe(
-    epochs=3,
-    batch_size=32,
-    architecture={"filters": (4, 8)},
-    optimizer={"learning_rate": 0.05},
-    precision="float32",
-    policy=Policy.light().replace(mixup=0.2),
-)
-
-
-@pytest.fixture(scope="module")
-def splits():
-    return load("shapes", num_images=300, image_size=16)
-
-
-def backbone_recipe(**changes) -> Recipe:
-    return Recipe(
-        model="efficientnet-lite0", epochs=2, batch_size=60, architecture={"input_size": 32},
-        optimizer={"name": "adam", "learning_rate": 1e-3, "weight_decay": 0.0},
-        schedule={"warmup_epochs": 0.0}, precision="float32", policy=Policy.none(),
-    ).replace(**changes)
+pytest_plugins = "small"
 
 
 @pytest.mark.parametrize(

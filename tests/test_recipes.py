@@ -1,19 +1,7 @@
 "Recipes that are refused."
 
-
-
 import pytest
-
-from cvdl.images.policies import Policy
-from cvdl.networks.recipes import Recipe
-
-
-def backbone_recipe(**changes) -> Recipe:
-    return Recipe(
-        model="efficientnet-lite0", epochs=2, batch_size=60, architecture={"input_size": 32},
-        optimizer={"name": "adam", "learning_rate": 1e-3, "weight_decay": 0.0},
-        schedule={"warmup_epochs": 0.0}, precision="float32", policy=Policy.none(),
-    ).replace(**changes)
+from small import backbone_recipe
 
 
 @pytest.mark.parametrize("changes, word", [

@@ -9,52 +9,25 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT
+from small import SMALL, differences
 
 from cvdl import training
 from cvdl.core import DataError
-from cvdl.data import load
-from cvdl.images.policies import Policy
 from cvdl.networks.building import build_model
 from cvdl.networks.checkpoints import load_model, save_weights
 from cvdl.networks.fused import PLAIN
 from cvdl.networks.recipes import Recipe
-from cvdl.networks.runs import Run, open_runs, restore_runs, save_run_weights
+from cvdl.networks.runs import open_runs, restore_runs, save_run_weights
 from cvdl.training import train
 from cvdl.transfer import unfreeze_top
 
-SMALL = Recipe(
-    epochs=3,
-    batch_size=32,
-    architecture={"filters": (4, 8)},
-    optimizer={"learning_rate": 0.05},
-    precision="float32",
-    policy=Policy.light().replace(mixup=0.2),
-)
-
-
-@pytest.fixture(scope="module")
-def splits():
-    return load("shapes", num_images=300, image_size=16)
-
-
-@pytest.fixture(scope="module")
-def straight(splits, tmp_path_factory):
-    "A run without interruption."
-    return train(
-        SMALL, splits, tmp_path_factory.mktemp("straight") / "baseline", progress=False
-    )
-
+pytest_plugins = "small"
 
 @pytest.fixture(scope="module")
 def committed(straight, tmp_path_factory):
     folder = tmp_path_factory.mktemp("results") / "weights"
     save_run_weights(straight, folder / "baseline", metrics={"accuracy": 0.5})
     return folder
-
-
-def differences(one: Run, other: Run) -> float:
-    pairs = zip(one.model().get_weights(), other.model().get_weights(), strict=True)
-    return max(float(np.abs(a - b).max()) for a, b in pairs)
 
 
 def test_float16_weights_are_small_and_load_with_one_call(straight, committed, splits):

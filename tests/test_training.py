@@ -15,46 +15,24 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT
+from small import SMALL, backbone_recipe, differences
 
 from cvdl.baseline import FROM_SCRATCH
 from cvdl.core import DataError
 from cvdl.data import load
-from cvdl.images.policies import Policy
 from cvdl.networks import callbacks
 from cvdl.networks.building import build_model
 from cvdl.networks.callbacks import diverged
 from cvdl.networks.checkpoints import read_arrays
 from cvdl.networks.devices import resolve_devices
-from cvdl.networks.recipes import Recipe
 from cvdl.networks.runs import Run
 from cvdl.networks.streams import train_dataset
 from cvdl.training import plot_history, resume, train
 
+pytest_plugins = "small"
+
 matplotlib.use("agg")
 CVDL = Path(sys.executable).with_name("cvdl")
-SMALL = Recipe(
-    epochs=3,
-    batch_size=32,
-    architecture={"filters": (4, 8)},
-    optimizer={"learning_rate": 0.05},
-    precision="float32",
-    policy=Policy.light().replace(mixup=0.2),
-)
-
-
-@pytest.fixture(scope="module")
-def splits():
-    return load("shapes", num_images=300, image_size=16)
-
-
-@pytest.fixture(scope="module")
-def straight(splits, tmp_path_factory):
-    "A run without interruption."
-    return train(
-        SMALL, splits, tmp_path_factory.mktemp("straight") / "baseline", progress=False
-    )
-
-
 class StopAt(keras.callbacks.Callback):
     "Interrupts behind a step, counted over all epochs."
 
@@ -79,11 +57,6 @@ def interrupt(recipe, splits, folder, step, **options):
             **options,
         )
     assert not (folder / "model.keras").exists()
-
-
-def differences(one: Run, other: Run) -> float:
-    pairs = zip(one.model().get_weights(), other.model().get_weights(), strict=True)
-    return max(float(np.abs(a - b).max()) for a, b in pairs)
 
 
 CHILD = """
@@ -602,14 +575,6 @@ def test_small_images_first_and_resuming_among_them(tmp_path):
 
 def resume_in(folder, recipe, splits):
     return train(recipe, splits, folder, progress=False)
-
-
-def backbone_recipe(**changes) -> Recipe:
-    return Recipe(
-        model="efficientnet-lite0", epochs=2, batch_size=60, architecture={"input_size": 32},
-        optimizer={"name": "adam", "learning_rate": 1e-3, "weight_decay": 0.0},
-        schedule={"warmup_epochs": 0.0}, precision="float32", policy=Policy.none(),
-    ).replace(**changes)
 
 
 def test_blocks_are_unfrozen_epoch_by_epoch(splits, tmp_path):

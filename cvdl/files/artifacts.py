@@ -20,7 +20,7 @@ import numpy as np
 from ..core import silence_stderr
 from ..evidence.costs import usable_threads
 from ..evidence.predictors import Predictor, check_images, two_columns
-from .metadata import artifact_format
+from .metadata import artifact_format, open_onnx
 
 # %% ../../nbs/files/artifacts.ipynb #c65b368f
 def file_size(
@@ -144,19 +144,7 @@ def onnx_predictor(
     batch_size: int = 64,            # images per call
 ) -> Predictor:
     "Wrap an ONNX file as a Predictor that runs in onnxruntime."
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: expected an ONNX file, and there is none")
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = num_threads or usable_threads()
-    options.log_severity_level = 3
-    try:
-        session = onnxruntime.InferenceSession(str(path), options,
-                                               providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's errors share no base class
-        raise ValueError(f"{path}: expected an ONNX file, and it cannot be read as one "
-                         f"({type(error).__name__})") from error
+    session = open_onnx(path, num_threads=num_threads or usable_threads())
     pixels = session.get_inputs()[0]
     dtype = np.float32 if pixels.type == "tensor(float)" else np.uint8
 
