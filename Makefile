@@ -61,7 +61,7 @@ help:
 	@echo 'make test        lint, lesson cells, pipeline and site'
 	@echo 'make test-all    the same and what a release needs: each extra installed, each chapter opened alone, more kills'
 	@echo 'make bench       speed and size of the exported models of a run; speed of loading, augmentation, training and heat maps;'
-	@echo '                 what fast-cnn learns in two epochs of CIFAR-10; the memory of a training on many images'
+	@echo '                 what fast-cnn learns in two epochs of CIFAR-10; the memory of a training on many images; the wait for a command'
 	@echo 'make bench-full  the trainings on CIFAR-10 beside the book, hours: fast-cnn with three seeds, what each ingredient buys,'
 	@echo '                 the wide one, a frozen backbone, ResNet50; an interrupted one goes on'
 	@echo 'make export      notebooks to modules (nbdev), after an edit'
@@ -133,6 +133,7 @@ bench: $(VENV)/.ready
 	@$(python) tools/bench_training.py speed
 	@$(python) tools/bench_training.py short
 	@$(python) tools/bench_explanation.py
+	@$(python) tools/bench_doors.py
 
 bench-full: $(VENV)/.ready
 	@for what in accuracy ablation wide frozen resnet50; do $(python) tools/bench_training.py $$what || exit 1; done

@@ -301,16 +301,17 @@ LIGHT = [
     "data",
     "evaluation",
     "report",
+    "opening",
     "cli",
     "files.artifacts",
     "files.metadata",
     *(
         f"images.{name}"
-        for name in "decoding sources labels pixels cache splits shapes scenes audit".split()
+        for name in "decoding sources labels pixels cache splits shapes pools scenes audit".split()
     ),
     *(
         f"evidence.{name}"
-        for name in "predictors statistics scores calibration mistakes".split()
+        for name in "predictors test_images statistics scores calibration mistakes".split()
     ),
 ]
 

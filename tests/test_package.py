@@ -50,8 +50,12 @@ def install(wheel, tmp_path_factory):
         run(uv, "venv", "--quiet", "--python", sys.executable, folder / "env")
         python = folder / "env" / "bin" / "python"
         asked = f"{wheel}[{','.join(extras)}]" if extras else str(wheel)
-        run(uv, "pip", "install", "--quiet", "--system-certs", "--python", python,
-            "--constraint", ROOT / "requirements.txt", asked)
+        command = [uv, "pip", "install", "--quiet", "--python", python,
+                   "--constraint", ROOT / "requirements.txt", asked]
+        try:
+            run(*command, "--offline")  # `make` has just fetched nearly all of it
+        except AssertionError:
+            run(*command, "--system-certs")
         return python.parent
 
     return make

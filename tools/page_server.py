@@ -67,7 +67,11 @@ def ask(
         server.sendall(message)
         for number in (signal.SIGINT, signal.SIGTERM) if forward else ():
             signal.signal(number, lambda number, _: server.send(bytes([number])))
-        return int(server.makefile().readline() or 1)
+        if answer := server.makefile().readline():
+            return int(answer)
+        print("\nThe page server is gone, as when memory runs out; the same command resumes.",
+              file=sys.stderr)
+        return 1
 
 
 # -- the server --------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core import DataError, Images
-from ..data import load_pool
+from ..images.pools import load_pool
 from ..images.cache import ImagePool
 from ..images.pixels import image_digests
 from ..images.splits import Splits, assign_parts, fingerprint
