@@ -307,11 +307,13 @@ LIGHT = [
     "files.metadata",
     *(
         f"images.{name}"
-        for name in "decoding sources labels pixels cache splits shapes pools scenes audit".split()
+        for name in ("decoding", "sources", "labels", "pixels", "cache", "splits", "shapes",
+                     "pools", "scenes", "audit")
     ),
     *(
         f"evidence.{name}"
-        for name in "predictors test_images statistics scores calibration mistakes".split()
+        for name in ("predictors", "test_images", "statistics", "scores", "calibration",
+                     "mistakes")
     ),
 ]
 
