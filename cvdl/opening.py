@@ -50,13 +50,27 @@ def _copy(source: Path, target: Path) -> None:
             shutil.copy2(source, partial)
 
 
+def _borrow(root: Path, run: str, borrowed: str, needs: tuple[str, ...]) -> None:
+    "Copy what is needed of a run, unless a copy is there that is as new."
+    for kind, path in ((need.partition("/")[0], path) for need in needs
+                       for path in _matches(root, run, need)):
+        inside = path.relative_to(root / kind / run)
+        source = path if len(inside.parts) == 1 else path.parent
+        target = _folders(borrowed)[kind] / source.relative_to(root / kind / run)
+        if target.exists() and target.stat().st_mtime >= source.stat().st_mtime:
+            continue
+        if target.is_dir():
+            shutil.rmtree(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _copy(source, target)
+
+# %% ../nbs/opening.ipynb #afdc6b9e
 def borrow_run(
     run: str,     # as the `parameters` cell names it
     *needs: str,  # what the chapter reads, such as "models/*/model.keras"
 ) -> str:         # the run to read and write
     "Return `run`; opened by hand and without what it needs, a copy of the newest run."
-    folders = _folders(run)
-    root = folders["models"].parent.parent
+    root = models_folder(run).parent.parent
     if run != LAB or all(_matches(root, run, need) for need in needs):
         return run
     found = find_runs(root, needs)
@@ -66,17 +80,7 @@ def borrow_run(
                         "make one with `make book` in a terminal, or run the chapters before "
                         "this one.")
     borrowed = f"{found[0]}-{LAB}"
-    for need in needs:
-        for path in _matches(root, found[0], need):
-            kind = need.partition("/")[0]
-            inside = path.relative_to(root / kind / found[0])
-            source = path if len(inside.parts) == 1 else path.parent
-            target = _folders(borrowed)[kind] / source.relative_to(root / kind / found[0])
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if not target.exists() or target.stat().st_mtime < source.stat().st_mtime:
-                if target.is_dir():
-                    shutil.rmtree(target)
-                _copy(source, target)
+    _borrow(root, found[0], borrowed, needs)
     print(f"This chapter reads a copy of the run {found[0]}, the newest that has what it "
           f"needs, and writes to the run {borrowed}; `run` in its second cell names another.")
     return borrowed

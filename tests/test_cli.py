@@ -1,33 +1,55 @@
-"The command line as a process: what a user types, sees, and finds on disk."
+"The command line: what a user types, sees, and finds on disk."
 
+import contextlib
+import io
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from cvdl.cli import main
 from cvdl.images.shapes import draw_shapes
 
 CVDL = Path(sys.executable).with_name("cvdl")
 
 
-def run(*words, cwd, code=0):
-    "Run `cvdl`, check its exit code, and return what it printed."
-    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
+def run_process(*words, cwd, code=0):
+    "Run `cvdl` as a user's shell does, check its exit code, and return what it printed."
     done = subprocess.run(
         [CVDL, *map(str, words)],
         cwd=cwd,
-        env=environment,
+        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
         capture_output=True,
         text=True,
         timeout=300,
     )
+    return checked(done, words, code)
+
+
+def run(*words, cwd, code=0):
+    """The same in this process, which has imported TensorFlow: whole commands with their error
+    messages and exit codes, without ten seconds of imports each."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    argv = mock.patch.object(sys, "argv", ["cvdl", *map(str, words)])
+    with argv, contextlib.chdir(cwd), redirect_stdout(out), redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as stop:
+            status = stop.code or 0
+    done = subprocess.CompletedProcess(words, status, out.getvalue(), err.getvalue())
+    return checked(done, words, code)
+
+
+def checked(done, words, code):
     assert done.returncode == code, (
         f"{words}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     )
@@ -39,7 +61,7 @@ def run(*words, cwd, code=0):
 def folder(tmp_path_factory):
     "A folder with a trained baseline in models/tiny/baseline."
     folder = tmp_path_factory.mktemp("cli")
-    done = run("train", "--num-images", 300, "--epochs", 1, "--run", "tiny", cwd=folder)
+    done = run_process("train", "--num-images", 300, "--epochs", 1, "--run", "tiny", cwd=folder)
     assert "validation images" in done.stdout
     return folder
 
@@ -88,7 +110,7 @@ def test_resume_opens_a_finished_run_and_refuses_other_choices(folder):
 
 def test_a_diverged_training_goes_on_with_a_lower_rate(folder):
     words = ["--num-images", 300, "--epochs", 1, "--run", "diverged", "--learning-rate", "1e30"]
-    done = run("train", *words, cwd=folder, code=1)
+    done = run_process("train", *words, cwd=folder, code=1)
     assert "the loss is" in done.stderr and "cvdl train --resume" in done.stderr
     assert (
         "validation images"
@@ -156,7 +178,7 @@ def test_export_agrees_and_predicts(folder, photo, options):
 def test_predict_goes_on_behind_a_bad_file(folder):
     (folder / "text.png").write_text("not an image")
     Image.new("L", (20, 20), 99).save(folder / "gray.png")
-    done = run(
+    done = run_process(
         "predict",
         "--model",
         "models/tiny/baseline",
@@ -274,7 +296,7 @@ finally:
     [["train", "--model", "vgg"], ["export", "--model", "x", "--format", "pdf"], ["paint"]],
 )
 def test_a_wrong_choice_is_a_usage_error(words, tmp_path):
-    run(*words, cwd=tmp_path, code=2)
+    run_process(*words, cwd=tmp_path, code=2)
 
 
 def test_choices_are_those_of_the_modules():
