@@ -30,6 +30,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                           'cvdl.cli._class_names': ('cli.html#_class_names', 'cvdl/cli.py'),
                           'cvdl.cli._commands': ('cli.html#_commands', 'cvdl/cli.py'),
                           'cvdl.cli._images_for': ('cli.html#_images_for', 'cvdl/cli.py'),
+                          'cvdl.cli._need_splits': ('cli.html#_need_splits', 'cvdl/cli.py'),
                           'cvdl.cli._open_model': ('cli.html#_open_model', 'cvdl/cli.py'),
                           'cvdl.cli._print_run': ('cli.html#_print_run', 'cvdl/cli.py'),
                           'cvdl.cli._recipe': ('cli.html#_recipe', 'cvdl/cli.py'),

@@ -275,6 +275,14 @@ def train(
                            source=_source(data, **selection), **options))
 
 # %% ../nbs/cli.ipynb #ea58dad5
+def _need_splits(splits, model: Path):
+    "Return the splits of a model's run, or say how to name images."
+    if splits is None:
+        raise DataError(f"--data: no splits lie beside {model}; name the data set, for "
+                        "instance --data shapes")
+    return splits
+
+
 def _images_for(model: Path, data: str | None, classes, image_size: int, **options):
     "Return what may judge a model: the test images of its run, or those of `data`."
     from cvdl.evidence.test_images import EvaluationSet, find_splits, load_test_images
@@ -283,9 +291,7 @@ def _images_for(model: Path, data: str | None, classes, image_size: int, **optio
     if data is not None:
         return load_test_images(data, classes=classes, image_size=image_size,
                                 trained_on=splits, **options)
-    if splits is None:
-        raise DataError(f"--data: no splits lie beside {model}; name the data set, for "
-                        "instance --data shapes")
+    splits = _need_splits(splits, model)
     part = options.get("part") or "test"
     if part not in splits.parts:
         raise DataError(f"--split: expected one of {', '.join(splits.parts)}, got {part!r}")
@@ -377,10 +383,8 @@ def export(
     from cvdl.evidence.test_images import find_splits
 
     predictor, names, size = _open_model(model, classes)
-    splits = find_splits(model) if data is None else load(data, image_size=size)
-    if splits is None:
-        raise DataError(f"--data: no splits lie beside {model}; name the data set, for "
-                        "instance --data shapes")
+    splits = (_need_splits(find_splits(model), model) if data is None
+              else load(data, image_size=size))
     from cvdl.export import export as export_model
     from cvdl.export import parity
     from cvdl.files.artifacts import load_predictor

@@ -33,9 +33,10 @@ PREFETCHED = 6  # batches that may be ready before we ask; taken before the cloc
 
 
 def interleaved(
-    measures: dict[str, Callable[[int], float]],  # number of the repeat -> images a second
+    measures: dict[str, Callable[[int], float]],  # number of the repeat -> a rate or a time
     *,
     repeats: int,
+    show: str = "{:>10,.0f} images/s",
 ) -> dict[str, list[float]]:
     "Measure in turn, so that a slow minute hits all alike; the first round does not count."
     rates = {name: [] for name in measures}
@@ -45,7 +46,7 @@ def interleaved(
             if repeat:
                 rates[name].append(rate)
             label = f"{repeat}/{repeats}" if repeat else "warm-up"
-            line = f"  {label:<8} {name:<16} {rate:>10,.0f} images/s"
+            line = f"  {label:<8} {name:<16} {show.format(rate)}"
             print(line, file=sys.stderr, flush=True)
     return rates
 

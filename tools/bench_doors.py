@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pandas as pd
+from bench_augmentation import interleaved, ratios
 from common import main
 from PIL import Image
 
@@ -38,20 +39,14 @@ def write_models(
     save_model(model, folder / "model.keras", classes=SHAPE_CLASSES)
 
 
-def measure(
-    commands: dict[str, list[str]],
-    folder: Path,  # where they run
-    rounds: int = ROUNDS,
-) -> dict[str, list[float]]:  # seconds of each round
-    "Time processes from start to exit, in turn; the first round only warms up."
-    seconds = {name: [] for name in commands}
-    for number in range(rounds + 1):
-        for name, command in commands.items():
-            start = time.perf_counter()
-            subprocess.run(command, cwd=folder, check=True, capture_output=True)
-            if number:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+def wait(
+    command: list[str],
+    folder: Path,  # where it runs
+) -> float:  # seconds
+    "Run a process from start to exit."
+    start = time.perf_counter()
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    return time.perf_counter() - start
 
 
 def bench() -> None:
@@ -68,7 +63,11 @@ def bench() -> None:
             "cvdl predict, .onnx": [*predict, "model.onnx"],
             "cvdl predict, .keras": [*predict, "model.keras"],
         }
-        seconds = measure(commands, folder)
+        measures = {
+            name: lambda _, command=command: wait(command, folder)
+            for name, command in commands.items()
+        }
+        seconds = interleaved(measures, repeats=ROUNDS, show="{:>6.2f} s")
     base = seconds["python, import numpy"]
     rows = [
         {
@@ -76,9 +75,7 @@ def bench() -> None:
             "seconds": statistics.median(values),
             "lowest": min(values),
             "highest": max(values),
-            "times numpy": statistics.median(
-                a / b for a, b in zip(values, base, strict=True)
-            ),
+            "times numpy": ratios(values, base)["ratio"],
         }
         for name, values in seconds.items()
     ]

@@ -186,7 +186,7 @@ def serve(address: str, owner: int) -> None:
     end = os.pidfd_open(owner)
     watched.register(end, selectors.EVENT_READ, "owner")
     forks: dict[int, socket.socket] = {}
-    pages: list[int] = []
+    waiting = [SLOW_LIBRARIES, LIBRARIES]  # one for the first page, one for the second
 
     def kill(pid: int) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -208,9 +208,8 @@ def serve(address: str, owner: int) -> None:
             os.close(stream)
         forks[pid] = connection
         watched.register(connection, selectors.EVENT_READ, pid)
-        if request["kind"] == "page":  # it prepares its notebook; its kernel comes next
-            preload(LIBRARIES + SLOW_LIBRARIES if pages else LIBRARIES)
-            pages.append(pid)
+        if request["kind"] == "page" and waiting:  # its kernel comes next, from here
+            preload(waiting.pop())
 
     def reap() -> None:
         with contextlib.suppress(BlockingIOError):
