@@ -1,5 +1,5 @@
 # The pipeline: every chapter is a file that depends on its notebook, its parameters and the chapter before; a room
-# depends on its notebook and its parameters only.
+# depends on its notebook and its parameters only, so rooms run side by side, after the chapters, which measure speed.
 #
 #   models/<run>/parameters/<chapter>.yml   what the profile and the command line ask of the chapter
 #   models/<run>/stamps/<chapter>.done      the chapter has run, with these
@@ -9,6 +9,7 @@ PROFILE := quick
 DATA :=
 VENV := .venv
 PORT := 8000
+JOBS := $(shell nproc 2>/dev/null || echo 2)
 
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 .SUFFIXES:
@@ -40,7 +41,8 @@ chapters := $(notebooks:nbs/%.ipynb=%)
 rooms := $(filter-out $(chapters),$(shell sed -n 's|^ *- file: nbs/\([^ ]*\).*|\1|p' _toc.yml))
 pages := $(chapters) $(rooms)
 parameters := $(pages:%=models/$(RUN)/parameters/%.yml)
-stamps := $(pages:%=models/$(RUN)/stamps/%.done)
+stamps := $(chapters:%=models/$(RUN)/stamps/%.done)
+room_stamps := $(rooms:%=models/$(RUN)/stamps/%.done)
 
 # Not `bin/activate`: the tools of this environment come first, and nothing of another Python leaks in.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
@@ -48,10 +50,12 @@ export PYTHONNOUSERSITE := 1
 unexport PYTHONPATH PYTHONHOME
 python := $(VENV)/bin/python
 
-# A run is one chain: what has no other order keeps that of `stamps`, the rooms last.
+# A run is one chain; the make that it starts for the rooms is not.
+ifndef CVDL_MAKE
 .NOTPARALLEL:
+endif
 
-.PHONY: help book chapters site test test-all lint export bench bench-full serve-site lock clean distclean check plan
+.PHONY: help book chapters rooms site test test-all lint export bench bench-full serve-site lock clean distclean check plan
 
 help:
 	@echo 'make book [PROFILE=$(subst $() ,|,$(profiles))] [DATA=path-or-name] [RUN=name]'
@@ -73,6 +77,7 @@ book: chapters
 	@$(python) tools/build_site.py $(RUN)
 
 chapters: check $(stamps)
+	@CVDL_MAKE=$$PPID $(MAKE) --jobs=$(JOBS) rooms
 
 check:
 	$(if $(filter $(PROFILE),$(profiles)),,$(error PROFILE=$(PROFILE): no such profile, expected one of: $(profiles)))
@@ -81,6 +86,8 @@ site: $(VENV)/.ready
 	@$(python) tools/build_site.py $(RUN)
 
 # -- chapters and rooms ------------------------------------------------------------------------------------------------
+
+rooms: check $(room_stamps)
 
 # Rewrites only the parameter files that change.
 plan: check $(VENV)/.ready

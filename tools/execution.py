@@ -1,5 +1,6 @@
 "Execution of one chapter or room with papermill; `run_chapter.py` is the door to it."
 
+import csv
 import fcntl
 import os
 import shutil
@@ -20,6 +21,7 @@ from common import (
     ROOT,
     chapters,
     duration,
+    is_chapter,
     parameter_names,
     rooms,
     titled,
@@ -47,8 +49,10 @@ class Line:
             "",
             threading.Event(),
         )
-        self.live = sys.stdout.isatty()
-        print(label, end="", flush=True)
+        self.beside = "CVDL_MAKE" in os.environ  # other pages write to this terminal too
+        self.live = sys.stdout.isatty() and not self.beside
+        if not self.beside:
+            print(label, end="", flush=True)
         if self.live:
             threading.Thread(target=self._tick, daemon=True).start()
 
@@ -60,7 +64,10 @@ class Line:
 
     def end(self, text: str):
         self.ended.set()
-        print(f"\r\033[K{self.label} {text}" if self.live else f" {text}", flush=True)
+        if self.live:
+            print("\r\033[K", end="")
+        whole = self.live or self.beside
+        print(f"{self.label} {text}\n" if whole else f" {text}\n", end="", flush=True)
 
 
 class Client(PapermillNotebookClient):
@@ -115,14 +122,20 @@ def engine(
 
 def lock(
     run: str,
-):  # keep it: the lock ends with the file object
-    "Make sure that nobody else works on this run; a killed predecessor gets a moment to end."
-    (MODELS / run).mkdir(parents=True, exist_ok=True)
-    file = open(MODELS / run / ".lock", "w")
+    page: str,
+) -> list[TextIO]:  # keep them: the locks end with the file objects
+    """Make sure that nobody else works on a chapter of this run, or on this room; rooms of one
+    run may run side by side. A killed predecessor gets a moment to end."""
+    folder = MODELS / run / "locks"
+    whole, own = folder / "run.lock", folder / f"{page}.lock"
+    own.parent.mkdir(parents=True, exist_ok=True)
+    held = [open(whole, "w"), open(own, "w")]
+    kinds = [fcntl.LOCK_EX if is_chapter(page) else fcntl.LOCK_SH, fcntl.LOCK_EX]
     for _ in range(50):
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return file
+            for file, kind in zip(held, kinds, strict=True):
+                fcntl.flock(file, kind | fcntl.LOCK_NB)
+            return held
         except OSError:
             time.sleep(0.1)
     raise DataError(
@@ -202,7 +215,7 @@ def run_chapter(
         final.with_name(name)
         for name in (f".{final.stem}.partial.ipynb", f"{final.stem}.failed.ipynb")
     )
-    held = lock(run)
+    held = lock(run, chapter)
     names = chapters() + rooms()
     line = Line(f"[{names.index(chapter) + 1:2}/{len(names)}] {chapter:<27}")
     try:
@@ -213,7 +226,9 @@ def run_chapter(
         kept = failed.relative_to(ROOT)
         message = f"{explain(chapter, error, line)}\nThe notebook up to there: {kept}"
         raise DataError(message) from None
-    notebook = tidy(nbformat.read(partial, as_version=4))
+    notebook = nbformat.read(partial, as_version=4)
+    write_seconds(notebook, MODELS / run / "logs" / f"{chapter}.seconds.csv")
+    notebook = tidy(notebook)
     partial.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
     os.replace(partial, final)
     failed.unlink(missing_ok=True)
@@ -232,4 +247,5 @@ def run_chapter(
     os.utime(
         stamp, (started, started)
     )  # an edit made while the chapter ran is newer than its stamp
-    held.close()
+    for file in held:
+        file.close()

@@ -6,6 +6,7 @@ work is done by a fork of a process that has imported the libraries already (pag
 or, where there is none (by hand, with CVDL_FORK=0, on another system than Linux), in this one.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -18,14 +19,21 @@ from pathlib import Path
 from page_server import ENVIRONMENT, ROOT, ask
 
 
+def owner() -> int:  # process id
+    "The make that the user started: the rooms are run by one that it starts."
+    return int(os.environ.get("CVDL_MAKE", os.getppid()))
+
+
 def end_with_parent() -> None:
     """Stop when make is gone, also if it was killed without a word; the kernel watches this
     process likewise."""
-    parent = os.getppid()
+    parent, make = os.getppid(), owner()
 
     def watch():
-        while os.getppid() == parent:
-            time.sleep(0.2)
+        with contextlib.suppress(ProcessLookupError):
+            while os.getppid() == parent:
+                os.kill(make, 0)  # asks whether it is there
+                time.sleep(0.2)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -58,8 +66,8 @@ def run_in_fork(
     run: str,
 ) -> int:  # exit code
     "Ask the server of this make, and start it if this is the first page."
-    owner = os.getppid()
-    address = f"cvdl-{os.getuid()}-{owner}-{zlib.crc32(os.fsencode(ROOT)):08x}"
+    make = owner()
+    address = f"cvdl-{os.getuid()}-{make}-{zlib.crc32(os.fsencode(ROOT)):08x}"
     environment = {**kernel_environment(run), "CVDL_PAGE_SERVER": address}
     request = {
         "kind": "page",
@@ -80,7 +88,7 @@ def run_in_fork(
                         sys.executable,
                         Path(__file__).with_name("page_server.py"),
                         address,
-                        str(owner),
+                        str(make),
                     ],
                     cwd=ROOT,
                     env=environment,
