@@ -4,11 +4,13 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import nbformat
 import pytest
 import yaml
+from filelock import FileLock
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 import cvdl  # noqa: F401  before TensorFlow, whose switches it sets
@@ -113,10 +115,25 @@ def pytest_collection_modifyitems(items):
     )
 
 
-@pytest.fixture(scope="session")
-def book(tmp_path_factory) -> Path:
-    "A copy of the whole repository without any run."
-    return clone(tmp_path_factory.mktemp("book") / "cvdl", "_toc.yml", "nbs", "cvdl")
+def made_once(
+    tmp_path_factory,
+    name: str,
+    build: Callable[[Path], None],  # fills the folder
+) -> Path:
+    "A folder that one worker fills; the others wait for it and read it."
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    folder, failed = root / name, root / f"{name}.failed"
+    with FileLock(root / f"{name}.lock"):
+        assert not failed.exists(), f"another worker could not make it: {failed.read_text()}"
+        if not folder.exists():
+            try:
+                build(folder)
+            except BaseException as error:
+                failed.write_text(str(error))
+                raise
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -145,11 +162,15 @@ def experiments(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny(book) -> Path:
-    "The copy after `make book PROFILE=tiny`."
-    done = make(book, "book", "PROFILE=tiny")
-    assert "The run tiny is finished: open _build/html/index.html" in done.stdout
-    return book
+def tiny(tmp_path_factory) -> Path:
+    "A copy of the whole repository after `make book PROFILE=tiny`; nobody changes that run."
+
+    def build(folder):
+        clone(folder, "_toc.yml", "nbs", "cvdl")
+        done = make(folder, "book", "PROFILE=tiny")
+        assert "The run tiny is finished: open _build/html/index.html" in done.stdout
+
+    return made_once(tmp_path_factory, "tiny-book", build)
 
 
 def write_chapter(

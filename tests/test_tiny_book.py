@@ -2,25 +2,18 @@
 a real browser."""
 
 import csv
-import functools
-import http.server
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
-from urllib.parse import quote
 
 import nbformat
-import numpy as np
 import pytest
 import yaml
 from bs4 import BeautifulSoup
-from build_site import fold_title, number
+from build_site import fold_title
 from common import RESULTS, chapters, listed, parts, rooms
 from conftest import ROOT, environment, make
 from execution import LARGEST
@@ -126,49 +119,6 @@ def test_second_make_does_nothing(tiny):
     )
 
 
-def test_killed_training_ends_with_the_same_metrics(tiny, experiments):
-    """Killed in the middle of chapter 04 and started again; losses agree to 1 %, as sums of
-    floats in another order do."""
-    models = experiments / "models" / "killed"
-    make(experiments, "plan", "PROFILE=brief", "RUN=killed")
-    shutil.copytree(tiny / "models" / "tiny" / "splits", models / "splits")
-    (models / "stamps").mkdir()
-    for chapter in CHAPTERS[: CHAPTERS.index("04_training")]:  # these have run
-        (models / "stamps" / f"{chapter}.done").touch()
-    training = models / "baseline" / "training.log"
-    process = subprocess.Popen(
-        ["make", "chapters", "PROFILE=brief", "RUN=killed"],
-        cwd=experiments,
-        env=environment(),
-        start_new_session=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    deadline = time.time() + 1200
-    while not (
-        training.exists() and training.stat().st_size
-    ):  # the first epoch is on disk, the second has begun
-        assert process.poll() is None and time.time() < deadline, process.communicate()[0]
-        time.sleep(0.05)
-    os.killpg(process.pid, 9)
-    process.communicate()
-    assert (
-        not (models / "stamps" / "04_training.done").exists()
-        and not (models / "baseline" / "model.keras").exists()
-    )
-    make(experiments, "models/killed/stamps/04_training.done", "PROFILE=brief", "RUN=killed")
-    for model in ("baseline", "efficientnet-lite0"):
-        straight, resumed = (
-            list(csv.DictReader((run / model / "history.csv").open()))
-            for run in (tiny / "models" / "tiny", models)
-        )
-        assert len(straight) == len(resumed)
-        for one, other in zip(straight, resumed, strict=True):
-            for key in ("loss", "val_loss", "learning_rate"):
-                np.testing.assert_allclose(float(other[key]), float(one[key]), rtol=0.01)
-
-
 # -- the site ----------------------------------------------------------------------------------
 
 
@@ -224,146 +174,6 @@ def test_no_page_loads_anything_from_elsewhere(tiny):
         )
 
 
-@pytest.fixture(scope="module")
-def address(tiny):
-    "The site behind a web server on this machine."
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
-
-    handler = functools.partial(Quiet, directory=tiny / "_build" / "html")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    if not CHROMIUM:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(
-            "no Chromium on this machine: install chromium to test the site in a browser"
-        )
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=CHROMIUM,
-            args=[
-                "--no-sandbox",
-                "--disable-gpu",
-                "--disable-dev-shm-usage",
-                "--disable-background-networking",
-            ],
-        )
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def browse(chromium, address):
-    """A function that opens a page; at the end no error was logged and nothing was asked from
-    elsewhere."""
-    context = chromium.new_context(viewport={"width": 1280, "height": 900})
-    tab, wrong = context.new_page(), []
-    tab.on(
-        "console",
-        lambda message: wrong.append(message.text) if message.type == "error" else None,
-    )
-    tab.on("pageerror", lambda error: wrong.append(str(error)))
-    tab.on(
-        "requestfailed",
-        lambda request: (
-            wrong.append(f"failed: {request.url}")
-            if "ERR_ABORTED" not in str(request.failure)
-            else None
-        ),
-    )
-    tab.on(
-        "request",
-        lambda request: (
-            wrong.append(f"elsewhere: {request.url}")
-            if not request.url.startswith((address, "data:", "blob:"))
-            else None
-        ),
-    )
-
-    def visit(path, width=1280):
-        tab.set_viewport_size({"width": width, "height": 900})
-        tab.goto(f"{address}/{path}", wait_until="load")
-        return tab
-
-    yield visit
-    context.close()
-    assert not wrong
-
-
-BACK_MATTER = ["book/glossary", "book/references"]
-ALL_PAGES = [
-    "index.html",
-    *(f"nbs/{name}.html" for name in listed()),
-    *(f"{name}.html" for name in BACK_MATTER),
-]
-
-
-def test_figures_load_and_formulas_are_set(browse):
-    figures = formulas = 0
-    for path in ALL_PAGES:
-        tab = browse(path)
-        sizes = tab.evaluate("""async () => {
-            const images = [...document.querySelectorAll('article img')];
-            images.forEach(image => image.loading = 'eager');
-            await Promise.all(images.map(image => image.decode().catch(() => {})));
-            return images.map(image => image.naturalWidth) }""")
-        assert all(sizes), path
-        figures += len(sizes)
-        if tab.locator("span.math, div.math").count():
-            tab.wait_for_selector("mjx-container", timeout=20_000)
-            formulas += 1
-    assert figures >= 15 and formulas >= 1
-
-
-def test_no_page_scrolls_sideways_on_a_phone(browse):
-    for path in ALL_PAGES:
-        tab = browse(path, width=390)
-        assert tab.evaluate("document.documentElement.scrollWidth") <= 390, path
-        assert (
-            tab.evaluate(
-                "parseFloat(getComputedStyle(document.querySelector('article p')).fontSize)"
-            )
-            >= 14
-        ), path
-
-
-def test_a_long_file_name_is_wrapped_on_a_phone(browse):
-    tab = browse("nbs/03_transfer.html", width=390)
-    widest = tab.evaluate("""Math.max(...[
-        ...document.querySelectorAll('article .cell_output :is(p, li)')].map(text => {
-        text.append(' mobilenet_v2_weights_tf_dim_ordering_tf_kernels_1.0_224_no_top.h5')
-        return text.scrollWidth - text.clientWidth
-    }))""")
-    assert widest == 0
-
-
-def test_search_finds_a_word(browse):
-    tab = browse("search.html?q=quantization")
-    tab.wait_for_selector("#search-results li a", timeout=20_000)
-    assert any("07" in text for text in tab.locator("#search-results li a").all_text_contents())
-
-
-@pytest.mark.parametrize("name", [room for room in ROOMS if number(room)])
-def test_search_finds_a_room_by_its_title(browse, tiny, name):
-    title = (
-        BeautifulSoup(pages(tiny)[name].read_text(), "html.parser")
-        .select_one("article h1")
-        .find(string=True)
-    )
-    assert title.startswith(f"{number(name)} · ")
-    tab = browse(f"search.html?q={quote(title.partition(' · ')[2])}")
-    tab.wait_for_selector(f"#search-results li a[href*='{name}.html']", timeout=20_000)
-
-
 def test_rooms_follow_their_chapters_everywhere(tiny):
     "On the landing page, in the sidebar, and linked from chapter 00."
     for page in ("index.html", "nbs/00_data.html"):
@@ -403,44 +213,6 @@ def test_command_line_page_shows_the_help_of_every_command(tiny):
     assert set(commands) >= {"train", "evaluate", "export", "predict"}
     for words in ("", *(f" {command}" for command in commands)):
         assert f"$ cvdl{words} --help\nUsage: cvdl{words} [OPTIONS]" in said
-
-
-def test_next_leads_through_the_book_and_back(browse, address):
-    tab = browse("index.html")
-    seen = []
-    while tab.locator("a.right-next").count():
-        tab.click("a.right-next")
-        tab.wait_for_load_state()
-        seen.append(tab.url.removeprefix(f"{address}/").removesuffix(".html"))
-    assert seen == [*(f"nbs/{name}" for name in listed()), *BACK_MATTER]
-    tab.click("a.left-prev")
-    tab.wait_for_load_state()
-    assert tab.url.endswith(f"{BACK_MATTER[-2]}.html")
-
-
-def test_folded_code_opens(browse):
-    tab = browse("nbs/10_report.html")
-    folded = tab.locator("details.hide").first
-    assert not folded.locator("pre").first.is_visible()
-    folded.locator("summary").click()
-    assert folded.locator("pre").first.is_visible()
-
-
-def test_confusion_matrix_answers_below_itself(browse):
-    for width in (1280, 390):
-        tab = browse("nbs/05_evaluation.html", width=width)
-        tab.mouse.move(0, 0)
-        assert tab.locator("table.cm td > span:visible").count() == 0
-        tab.locator("table.cm td:has(span)").last.hover()
-        answer, matrix = (
-            tab.locator("table.cm td > span:visible"),
-            tab.locator("table.cm:has(td > span)").last,
-        )
-        assert answer.count() == 1 and " called " in answer.inner_text()
-        assert (
-            answer.bounding_box()["y"]
-            >= matrix.bounding_box()["y"] + matrix.bounding_box()["height"] - 1
-        ), "it hides no cell"
 
 
 # -- chapters opened by hand -------------------------------------------------------------------
