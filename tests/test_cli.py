@@ -80,7 +80,7 @@ def test_train_again_opens_the_finished_run(folder):
 
 def test_a_log_gets_a_line_of_a_bar_every_ten_seconds(tmp_path):
     code = (
-        "from cvdl.cli import _commands; _commands(); "
+        "from cvdl.commands.options import _commands; _commands(); "
         "from tqdm import tqdm; print(tqdm(range(3)).mininterval)"
     )
     assert (
@@ -301,7 +301,7 @@ def test_a_wrong_choice_is_a_usage_error(words, tmp_path):
 
 def test_choices_are_those_of_the_modules():
     from cvdl.baseline import FROM_SCRATCH
-    from cvdl.cli import ExportFormat, ModelName
+    from cvdl.commands.options import ExportFormat, ModelName
     from cvdl.export import FORMATS
     from cvdl.transfer import BACKBONES
 

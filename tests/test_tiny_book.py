@@ -205,8 +205,12 @@ def test_rooms_follow_their_chapters_everywhere(tiny):
     }
 
 
-def test_command_line_page_shows_the_help_of_every_command(tiny):
-    said = BeautifulSoup(pages(tiny)["cli"].read_text(), "html.parser").get_text()
+def test_pages_of_the_command_line_show_the_help_of_every_command(tiny):
+    said = "\n".join(
+        BeautifulSoup(page.read_text(), "html.parser").get_text()
+        for name, page in pages(tiny).items()
+        if name == "cli" or name.startswith("commands/")
+    )
     commands = re.findall(
         r"^  (\w+) ", said.split("\nCommands:\n")[1].split("\n\n")[0], re.MULTILINE
     )
