@@ -89,11 +89,13 @@ site: $(VENV)/.ready
 
 rooms: check $(room_stamps)
 
-# Rewrites only the parameter files that change.
+# Rewrites only the parameter files that change; the make for the rooms finds them written.
 plan: check $(VENV)/.ready
 	@$(python) tools/plan.py
+ifndef CVDL_MAKE
 $(parameters): plan
 	@:
+endif
 
 # A plain command, without shell syntax: make then runs it as its own child, which ends when make is killed.
 previous :=

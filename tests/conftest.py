@@ -15,6 +15,16 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 import cvdl  # noqa: F401  before TensorFlow, whose switches it sets
 
+BACKBONE = {  # a recipe of chapter 04
+    "model": "efficientnet-lite0",
+    "epochs": 1,
+    "batch_size": 40,
+    "architecture": {"input_size": 32},
+    "head": {"epochs": 2},
+    "optimizer": {"name": "adam", "learning_rate": 0.0003, "weight_decay": 0.0},
+    "fine_tuning": {"unfreeze_layers": 2},
+}
+NO_LESSON = ("#| default_exp", "#| export", "#| slow", "import ", "from ")
 ROOT = Path(__file__).resolve().parent.parent
 pytest.register_assert_rewrite("small")  # fixtures that several files share
 
@@ -142,7 +152,7 @@ def experiments(tmp_path_factory) -> Path:
 
     That is parameters, exports, imports and the experiment. For runs on other data and for
     interrupted ones: lessons know nothing of either; the run `tiny` has them all.
-    The profile `brief` is `tiny` without range tests.
+    The profile `brief` is `tiny` with a pretrained backbone and less of what takes long.
     """
     folder = clone(tmp_path_factory.mktemp("experiments") / "cvdl", "_toc.yml", "nbs", "cvdl")
     for path in (folder / "nbs").glob("[0-9][0-9]_*.ipynb"):
@@ -152,11 +162,17 @@ def experiments(tmp_path_factory) -> Path:
             for cell in notebook.cells
             if "parameters" in cell.metadata.get("tags", [])
             or cell.cell_type == "markdown"
-            or cell.source.startswith(("#|", "import ", "from "))
+            or cell.source.startswith(NO_LESSON)
         ]
         nbformat.write(notebook, path)
     profile = yaml.safe_load((folder / "nbs" / "profiles" / "tiny.yml").read_text())
-    profile["chapters"]["04_training"]["range_steps"] = 0
+    profile["chapters"]["04_training"] |= {
+        "range_steps": 0,
+        "recipes": [profile["chapters"]["04_training"]["recipes"][0], BACKBONE],
+    }
+    profile["chapters"]["06_gradcam"] |= {
+        "num_scored": 10, "num_perturbed": 2, "num_sanity": 2, "twin_images": 100,
+    }
     (folder / "nbs" / "profiles" / "brief.yml").write_text(yaml.safe_dump(profile))
     return folder
 

@@ -6,6 +6,7 @@ import h5py
 import numpy as np
 import pytest
 
+from cvdl import transfer
 from cvdl.data import load
 from cvdl.images.policies import Policy
 from cvdl.networks.recipes import Recipe
@@ -24,7 +25,7 @@ SMALL = Recipe(
 
 
 def backbone_recipe(**changes) -> Recipe:
-    "Two epochs of a pretrained backbone at 32 pixels."
+    "Two epochs of a backbone at 32 pixels."
     return Recipe(
         model="efficientnet-lite0", epochs=2, batch_size=60, architecture={"input_size": 32},
         optimizer={"name": "adam", "learning_rate": 1e-3, "weight_decay": 0.0},
@@ -59,6 +60,13 @@ def straight(splits, tmp_path_factory):
     return train(
         SMALL, splits, tmp_path_factory.mktemp("straight") / "baseline", progress=False
     )
+
+
+@pytest.fixture
+def short_backbone(monkeypatch):
+    "EfficientNet-Lite0 with four blocks instead of sixteen; it has no weights to load."
+    stages = [(1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (1, 3, 2, 6, 40)]
+    monkeypatch.setattr(transfer, "_STAGES", stages)
 
 
 @pytest.fixture(scope="module")

@@ -110,7 +110,7 @@ def test_resume_opens_a_finished_run_and_refuses_other_choices(folder):
 
 def test_a_diverged_training_goes_on_with_a_lower_rate(folder):
     words = ["--num-images", 300, "--epochs", 1, "--run", "diverged", "--learning-rate", "1e30"]
-    done = run_process("train", *words, cwd=folder, code=1)
+    done = run("train", *words, cwd=folder, code=1)
     assert "the loss is" in done.stderr and "cvdl train --resume" in done.stderr
     assert (
         "validation images"

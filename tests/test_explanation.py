@@ -97,7 +97,9 @@ def test_every_method_finds_the_quadrant_that_decides(name):
     assert pointing_game(maps, QUADRANT).min() == 1
 
 
-@pytest.mark.parametrize("name", [*FROM_SCRATCH, *BACKBONES])
+@pytest.mark.parametrize("name", [*FROM_SCRATCH, "efficientnet-lite0", *(
+    pytest.param(name, marks=pytest.mark.release)
+    for name in BACKBONES if name != "efficientnet-lite0")])
 def test_every_method_works_on_every_model_of_the_book(name, shapes):
     if name in FROM_SCRATCH:
         model = FROM_SCRATCH[name]((32, 32, 3), 5)
@@ -354,7 +356,8 @@ def search(model, images):
     return find_shortcuts(keras_predictor(model), images, gradcam(model, images), SHAPE_CLASSES)
 
 
-@pytest.mark.parametrize("place", ["corner", "random"])
+@pytest.mark.parametrize("place", [
+    "corner", pytest.param("random", marks=pytest.mark.release)])
 def test_a_cheat_is_caught_wherever_its_patch_is(drawn, honest, place):
     spoiled = plant_patches(drawn, Spurious("heart", share=0.9, place=place), seed=0)
     cheat = small_network(spoiled.images[:1500], spoiled.labels[:1500])

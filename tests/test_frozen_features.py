@@ -72,9 +72,12 @@ def test_phase_1_sees_mirror_images_where_training_may_mirror(
 
 
 def head_only(**changes) -> Recipe:
-    return backbone_recipe(epochs=0, head={"epochs": 4}).replace(**changes)
+    random = {"input_size": 32, "pretrained": False}
+    recipe = backbone_recipe(epochs=0, head={"epochs": 4}, architecture=random)
+    return recipe.replace(**changes)
 
 
+@pytest.mark.usefixtures("short_backbone")
 def test_a_head_alone_is_kept_at_its_best_epoch(splits, tmp_path, monkeypatch):
     "What the run claims is what its model does, also where the last epoch was worse."
     fit, behind = keras.Model.fit, []
@@ -106,6 +109,7 @@ def test_a_head_alone_is_kept_at_its_best_epoch(splits, tmp_path, monkeypatch):
     assert run.summary["head"]["validation_accuracy"] == max(behind)
 
 
+@pytest.mark.usefixtures("short_backbone")
 def test_a_head_that_diverges_leaves_nothing_to_go_on_from(splits, tmp_path):
     with pytest.raises(
         FloatingPointError,
@@ -118,6 +122,7 @@ def test_a_head_that_diverges_leaves_nothing_to_go_on_from(splits, tmp_path):
     )
 
 
+@pytest.mark.usefixtures("short_backbone")
 @pytest.mark.parametrize("balance", ["none", "class_weight", "oversample"])
 def test_balance_reaches_the_head(splits, balance, monkeypatch):
     "Features that say nothing: the head answers with the share that it thinks a class has."

@@ -9,6 +9,8 @@ from common import chapters
 from conftest import make
 from PIL import Image
 
+from cvdl.core import DataError
+from cvdl.data import load
 from cvdl.images.shapes import draw_shapes
 from cvdl.images.splits import Splits
 
@@ -32,7 +34,7 @@ def write_broken(folder, count):
     ("a class of damaged files", "class 'cat' with 0 readable images"),
     ("many damaged files", "24 of 48 files cannot be used"),
 ])
-def test_data_that_cannot_be_used_is_one_sentence(experiments, tmp_path, problem, expected):
+def test_data_that_cannot_be_used_is_one_sentence(tmp_path, problem, expected):
     folder = tmp_path / "photos"
     if problem == "no such name":
         folder = "no-such-data"
@@ -47,10 +49,18 @@ def test_data_that_cannot_be_used_is_one_sentence(experiments, tmp_path, problem
         write_pictures(folder / "cat")
         write_pictures(folder / "dog")
         write_broken(folder / "dog", 24)
-    done = make(experiments, "chapters", f"DATA={folder}", "RUN=wrong", "PROFILE=tiny", code=2)
+    with pytest.raises(DataError, match=re.escape(expected)) as caught:
+        load(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_chapter_00_ends_in_that_sentence(experiments, tmp_path):
+    write_pictures(tmp_path / "photos" / "cat")
+    words = [f"DATA={tmp_path / 'photos'}", "RUN=wrong", "PROFILE=tiny"]
+    done = make(experiments, "chapters", *words, code=2)
     lines = done.stderr.splitlines()
     assert re.match(r"chapter 00_data, cell \d+ \(In \[\d+\]\): DataError: \S", lines[0])
-    assert expected in lines[0] and len(lines) == 3
+    assert "found only the class 'cat'" in lines[0] and len(lines) == 3
 
 
 def test_a_folder_of_photos_trains_and_names_the_damaged_file(experiments, tmp_path):

@@ -85,9 +85,8 @@ def test_committed_weights_are_all_there_and_small():
     assert sum((folder / "weights.npz").stat().st_size for folder in COMMITTED) < 30e6
 
 
-@pytest.mark.parametrize(
-    "model", ["mobilenetv2", "efficientnet", "efficientnet-lite0", "resnet50"]
-)
+@pytest.mark.parametrize("model", ["efficientnet-lite0", "resnet50", *(
+    pytest.param(name, marks=pytest.mark.release) for name in ("mobilenetv2", "efficientnet"))])
 def test_float16_weights_of_backbones(model, tmp_path):
     "Normalization constants, ImageNet variances and renamed layers survive."
     recipe = Recipe(model=model, architecture={"input_size": 32, "pretrained": False})

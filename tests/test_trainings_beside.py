@@ -160,6 +160,7 @@ def test_the_wide_network_trains_on_all_labeled_images_and_once(splits, tmp_path
     assert tables[0].equals(tables[1]), "the second call opens what the first one trained"
 
 
+@pytest.mark.release
 @pytest.mark.parametrize("backend", ["tensorflow", "jax", "torch"])
 def test_the_wide_network_trains_where_there_is_keras_alone(
     backend, tmp_path, monkeypatch, capsys
