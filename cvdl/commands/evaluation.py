@@ -51,6 +51,7 @@ def _save_gradcam(network, test, probabilities, file: Path) -> None:
     axes.flat[0].figure.savefig(file, bbox_inches="tight")
 
 # %% ../../nbs/commands/evaluation.ipynb #ea58dad6
+#| code-fold: false
 @app.command()
 def evaluate(
     model: ModelPath,

@@ -69,6 +69,7 @@ def _source(data: str, **options) -> dict:
     return {"name_or_path": name, **options}
 
 # %% ../../nbs/commands/training.ipynb #2fff8ad2
+#| code-fold: false
 @app.command()
 def train(
     context: typer.Context,
