@@ -120,13 +120,14 @@ def load(
     memory_limit: int | None = None,  # bytes that may be read; None for a quarter of the memory
     difficulty: str = "normal",       # of the shapes: 'easy', 'normal', 'hard'
     spurious: Spurious | None = None, # of the shapes: a patch that gives a class away
+    **table: str | int | None,        # `path_column`, `label_column`, `min_images`: `load_pool`
 ) -> Splits:
     "Load a data set and split it; a `DataError` says what is wrong with it and what to do."
     name = str(name_or_path)
     _check_split(split)
     _check_drawing(name, difficulty, spurious)
     pool = load_pool(name, image_size=image_size, num_images=num_images, split=split, seed=seed,
-                     max_skipped=max_skipped, difficulty=difficulty)
+                     max_skipped=max_skipped, difficulty=difficulty, **table)
     already_split = name == "shapes" or num_images is not None
     splits = make_splits(pool.images, pool.part, pool.classes, name=pool.name,
                          split="official" if already_split else split, seed=seed,

@@ -56,22 +56,24 @@ def sources(path, kind):
 def cleaned(tmp_path_factory):
     "Copies of the notebooks after nbdev_clean with this repository's settings."
     folder = tmp_path_factory.mktemp("cleaned")
-    for path in NOTEBOOKS:
-        shutil.copy(path, folder)
+    for path, page in PAGES.items():  # two rooms may have the same name
+        (folder / page).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, folder / f"{page}.ipynb")
     run(BIN / "nbdev_clean", "--fname", folder)
     return folder
 
 
 @notebooks
 def test_nbdev_clean_is_a_no_op(path, cleaned):
-    assert (cleaned / path.name).read_text(encoding="utf-8") == path.read_text(encoding="utf-8")
+    copy = cleaned / f"{PAGES[path]}.ipynb"
+    assert copy.read_text(encoding="utf-8") == path.read_text(encoding="utf-8")
 
 
 @notebooks
 def test_parameters_tag_survives_nbdev_clean(path, cleaned):
     tagged = [
         cell
-        for cell in read(cleaned / path.name)["cells"]
+        for cell in read(cleaned / f"{PAGES[path]}.ipynb")["cells"]
         if "parameters" in cell["metadata"].get("tags", [])
     ]
     assert len(tagged) == 1

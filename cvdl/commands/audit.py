@@ -11,7 +11,16 @@ from typing import Annotated
 
 import typer
 
-from .options import DataSource, ImageSize, MaxSkipped, NumImages, app
+from cvdl.commands.options import (
+    DataSource,
+    ImageSize,
+    LabelColumn,
+    MaxSkipped,
+    MinImages,
+    NumImages,
+    PathColumn,
+    app,
+)
 
 # %% ../../nbs/commands/audit.ipynb #f2b31c42
 def _save_findings(findings, folder: Path) -> None:
@@ -51,6 +60,9 @@ def audit(
     image_size: ImageSize = None,
     num_images: NumImages = None,
     max_skipped: MaxSkipped = 0.2,
+    min_images: MinImages = 0,
+    path_column: PathColumn = None,
+    label_column: LabelColumn = None,
     seed: int = 0,
     output: Annotated[Path, typer.Option(
         help="Folder for audit.json and the pictures.")] = Path("audit"),
@@ -65,7 +77,8 @@ def audit(
 
     use_book_style()
     splits = load(data, image_size=image_size, num_images=num_images, seed=seed,
-                  max_skipped=max_skipped)
+                  max_skipped=max_skipped, min_images=min_images, path_column=path_column,
+                  label_column=label_column)
     findings = audit_splits(splits)
     output.mkdir(parents=True, exist_ok=True)
     _save_findings(findings, output)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['evaluate']
 
-# %% ../../nbs/commands/evaluation.ipynb #87eb1d8c
+# %% ../../nbs/commands/evaluation.ipynb #01089aaa
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -38,6 +39,25 @@ def _images_for(model: Path, data: str | None, classes, image_size: int, **optio
         raise DataError(f"--split: expected one of {', '.join(splits.parts)}, got {part!r}")
     return EvaluationSet(splits.parts[part], splits.classes, splits.name, splits.fingerprint)
 
+# %% ../../nbs/commands/evaluation.ipynb #db49b1b6
+def _write_answers(file: Path, images, probabilities, classes: Sequence[str]) -> None:
+    "Write a row an image: label, answer, whether it is right, margin, all probabilities."
+    import numpy as np
+    import pandas as pd
+
+    from cvdl.core import atomic
+
+    ordered = np.sort(probabilities, axis=1)
+    answers = probabilities.argmax(axis=1)
+    frame = pd.DataFrame({
+        "file": images.ids, "label": [classes[label] for label in images.labels],
+        "answer": [classes[answer] for answer in answers],
+        "correct": answers == images.labels, "margin": ordered[:, -1] - ordered[:, -2]})
+    columns = [f"probability of {name}" for name in classes]
+    frame = frame.join(pd.DataFrame(probabilities, columns=columns))
+    with atomic(file) as partial:
+        frame.to_csv(partial, index=False, float_format="%.6f")
+
 # %% ../../nbs/commands/evaluation.ipynb #c0de2006
 def _save_gradcam(network, test, probabilities, file: Path) -> None:
     "Draw Grad-CAM maps of five correct and five wrong answers."
@@ -65,7 +85,7 @@ def evaluate(
     image_size: ModelSize = None,
     max_skipped: MaxSkipped = 0.2,
     output: Annotated[Path, typer.Option(
-        help="Folder for metrics.json and the figures.")] = Path("evaluation"),
+        help="Folder for metrics.json, predictions.csv and the figures.")] = Path("evaluation"),
 ):
     "Measure a model on images: metrics.json, confusion matrix, Grad-CAM if asked for."
     predictor, names, size = open_model(model, classes, image_size)
@@ -92,6 +112,8 @@ def evaluate(
     write_json(output / "metrics.json", {
         "model": str(model), "split": split, "left_out": test.left_out, **metrics.to_dict(),
         "provenance": provenance(test, seed=0)})
+    _write_answers(output / "predictions.csv", test.images, probabilities,
+                   names or test.classes)
     ax = plot_confusion_matrix(metrics.confusion_matrix, test.classes)
     ax.figure.savefig(output / "confusion_matrix.png", bbox_inches="tight")
     if gradcam:

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['export', 'predict']
 
-# %% ../../nbs/commands/files.ipynb #c9206da9
+# %% ../../nbs/commands/files.ipynb #26dd1de8
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -62,39 +63,65 @@ def export(
           f"{agreement['top1_agreement']:.2%} of {agreement['n']} images, largest difference "
           f"{agreement['max_abs_difference']:.1e}")
 
+# %% ../../nbs/commands/files.ipynb #e65ed038
+def _name_rows(predictions: Iterable, names: list[str], model: Path, **options) -> Iterator:
+    "Yield a row a file; where nobody knows the names of the classes, they are numbers."
+    from cvdl.evidence.bulk import describe_prediction
+
+    for prediction in predictions:
+        titles = names
+        if not prediction.error:
+            number = len(prediction.probabilities)
+            titles = names or [str(index) for index in range(number)]
+            if len(titles) != number:
+                raise DataError(f"--classes: expected {number} names, one for each output of "
+                                f"{model}, got {len(titles)}")
+        yield describe_prediction(prediction, titles, **options)
+
+
+def _with_bar(predictions: Iterable, total: int | None) -> Iterable:
+    "Show a bar where it disturbs no answers: standard output goes into a file or a pipe."
+    if sys.stdout.isatty() or not sys.stderr.isatty():
+        return predictions
+    from tqdm import tqdm
+
+    return tqdm(predictions, total=total, unit="image")
+
 # %% ../../nbs/commands/files.ipynb #e65ed039
+#| code-fold: false
 @app.command()
 def predict(
-    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    images: Annotated[list[str], typer.Argument(
+        help="Image files, folders, patterns in quotes; - reads names from standard input.")],
     model: ModelPath,
     top: Annotated[int, typer.Option(
         min=1, help="Classes to name for each image.")] = 3,
+    min_confidence: Annotated[float, typer.Option(
+        min=0, max=1, help="Below this probability the answer is 'unsure'.")] = 0.0,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    csv: Annotated[bool, typer.Option("--csv", help="A table with commas.")] = False,
+    batch_size: Annotated[int, typer.Option(
+        min=1, help="Images a call of the model.")] = 32,
     classes: Classes = None,
     image_size: ModelSize = None,
 ):
-    "Name the most probable classes of images."
-    import numpy as np
+    "Name the most probable classes of images, of any number of them."
+    if json and csv:
+        raise DataError("--json, --csv: choose one of them")
+    from cvdl.evidence.bulk import find_images, predict_files, write_predictions
 
-    from cvdl.images.decoding import decode_image
-
+    files, total = find_images(images, sys.stdin), None
+    if "-" not in images:  # what cannot be found is said before a model is loaded
+        files = list(files)
+        total = len(files)
     predictor, names, size = open_model(model, classes, image_size)
     if not names:
         print(f"{model}: the file has no class names, so classes are numbers; --classes gives "
               "them. Its input is taken to be RGB pixels of 0 to 255", file=sys.stderr)
-    failed = False
-    for path in images:
-        try:
-            pixels = decode_image(path.read_bytes(), size=size)
-        except (OSError, ValueError) as error:
-            print(f"{path}: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
-            failed = True
-            continue
-        probabilities = predictor(pixels[None])[0]
-        titles = names or [str(index) for index in range(len(probabilities))]
-        if len(titles) != len(probabilities):
-            raise DataError(f"--classes: expected {len(probabilities)} names, one for each "
-                            f"output of {model}, got {len(titles)}")
-        best = np.argsort(-probabilities)[:top]
-        print(f"{path}: " + ", ".join(f"{titles[i]} {probabilities[i]:.1%}" for i in best))
+    predictions = predict_files(predictor, files, size=size, batch_size=batch_size)
+    rows = _name_rows(_with_bar(predictions, total), names, model, top=top,
+                      min_confidence=min_confidence)
+    failed = write_predictions(rows, sys.stdout, errors=sys.stderr, top=top,
+                               format="json" if json else "csv" if csv else "text")
     if failed:
         raise typer.Exit(1)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'DataSource', 'OptionalData', 'ModelPath', 'Classes', 'ModelSize', 'ImageSize', 'NumImages', 'MaxSkipped',
-           'ModelName', 'ExportFormat', 'show', 'start_tensorflow', 'open_model', 'need_splits']
+           'MinImages', 'PathColumn', 'LabelColumn', 'ModelName', 'ExportFormat', 'show', 'start_tensorflow',
+           'open_model', 'need_splits']
 
 # %% ../../nbs/commands/options.ipynb #61f6094e
 import os
@@ -83,6 +84,12 @@ ImageSize = Annotated[int | None, typer.Option(
 NumImages = Annotated[int | None, typer.Option(help="Use only this many images.")]
 MaxSkipped = Annotated[float, typer.Option(
     min=0, max=1, help="A larger share of files that cannot be used is an error.")]
+MinImages = Annotated[int, typer.Option(
+    min=0, help="Leave out classes with fewer readable images.")]
+PathColumn = Annotated[str | None, typer.Option(
+    metavar="NAME", help="Of a table: the column with the files, if it has an unusual name.")]
+LabelColumn = Annotated[str | None, typer.Option(
+    metavar="NAME", help="Of a table: the column with the classes, if it has an unusual name.")]
 
 # %% ../../nbs/commands/options.ipynb #5a4d9f84
 def start_tensorflow() -> None:

@@ -5,18 +5,23 @@
 # %% auto #0
 __all__ = ['train']
 
-# %% ../../nbs/commands/training.ipynb #49007f1d
+# %% ../../nbs/commands/training.ipynb #c6e83ea7
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
+import yaml
 
 from cvdl.commands.options import (
     DataSource,
     ImageSize,
+    LabelColumn,
     MaxSkipped,
+    MinImages,
     ModelName,
     NumImages,
+    PathColumn,
     app,
     start_tensorflow,
 )
@@ -44,21 +49,70 @@ def _resume(context: typer.Context, folder: Path, **options) -> None:
 
     _print_run(resume(folder, **options))
 
+# %% ../../nbs/commands/training.ipynb #78534746
+def _read_recipe(file: Path | None) -> dict:
+    "Read fields of a recipe from a YAML or JSON file."
+    if file is None:
+        return {}
+    try:
+        text = file.read_text(encoding="utf-8")
+        values = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+        raise DataError(f"--recipe: {file} cannot be read ({reason[:100]})") from None
+    if not isinstance(values, dict):
+        raise DataError(f"--recipe: {file}: expected 'name: value' lines, such as epochs: 5")
+    return values
+
+
+def _number_or_text(value):
+    "Read 1e-3 as a number, which YAML takes for text."
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+# %% ../../nbs/commands/training.ipynb #d06a647d
+def _set_fields(words: list[str]) -> dict:
+    "Return nested mappings of NAME=VALUE words, such as policy.mixup=0.2."
+    fields = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        *groups, last = name.strip().split(".")
+        if not equals or not all((*groups, last)):
+            raise DataError(f"--set {word}: expected NAME=VALUE, such as --set epochs=5 or "
+                            "--set optimizer.learning_rate=0.01")
+        place = fields
+        for group in groups:
+            place = place.setdefault(group, {})
+        place[last] = _number_or_text(yaml.safe_load(value))
+    return fields
+
 # %% ../../nbs/commands/training.ipynb #c0de2005
-def _recipe(model: ModelName, *, epochs, batch_size, learning_rate, freeze_base,
-            unfreeze_layers, input_size, seed):
-    "Build the recipe of `cvdl train` from its options."
+def _option_fields(
+    *, epochs, batch_size, learning_rate, freeze_base, unfreeze_layers, input_size, seed
+) -> dict:
+    "Return the fields of a recipe that the given options stand for."
+    fields = {"batch_size": batch_size, "epochs": epochs, "seed": seed}
+    if freeze_base:
+        fields |= {"epochs": 0, "head": {"epochs": 10 if epochs is None else epochs}}
+    if learning_rate is not None:
+        fields["optimizer"] = {"learning_rate": learning_rate}
+    if input_size is not None:
+        fields["architecture"] = {"input_size": input_size}
+    if unfreeze_layers is not None:
+        fields["fine_tuning"] = {"unfreeze_layers": unfreeze_layers}
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _make_recipe(name: str, file: dict, options: dict, fields: dict):
+    "Build the recipe: the model's defaults, then the file, the options, the single fields."
     from cvdl.networks.recipes import default_recipe
 
-    changes = {"batch_size": batch_size} if batch_size is not None else {}
-    if learning_rate is not None:
-        changes["optimizer"] = {"learning_rate": learning_rate}
-    if freeze_base:
-        changes["head"] = {"epochs": epochs}
-    return default_recipe(
-        model.value, epochs=0 if freeze_base else epochs, seed=seed,
-        architecture={"input_size": input_size},
-        fine_tuning={"unfreeze_layers": unfreeze_layers}, **changes)
+    file, fields = ({key: value for key, value in values.items() if key != "model"}
+                    for values in (file, fields))
+    recipe = default_recipe(name, **{"epochs": 10, **file})
+    return recipe.replace(**options).replace(**fields)
 
 
 def _source(data: str, **options) -> dict:
@@ -73,11 +127,12 @@ def _source(data: str, **options) -> dict:
 @app.command()
 def train(
     context: typer.Context,
-    model: Annotated[ModelName, typer.Option(
-        help="The network to train.")] = ModelName.baseline,
+    model: Annotated[ModelName | None, typer.Option(
+        help="The network to train; default baseline, or that of --recipe.")] = None,
     data: DataSource = "shapes",
-    epochs: Annotated[int, typer.Option(
-        min=1, help="Passes over the training images.")] = 10,
+    epochs: Annotated[int | None, typer.Option(
+        min=1, help="Passes over the training images; default 10, or that of --recipe.",
+    )] = None,
     batch_size: Annotated[int | None, typer.Option(
         min=1, help="Images a step; default 500 for fast-cnn, 64 for the others.")] = None,
     learning_rate: Annotated[float | None, typer.Option(
@@ -87,12 +142,23 @@ def train(
         "--freeze-base", help="Train only the head of a transferred model.")] = False,
     unfreeze_layers: Annotated[int | None, typer.Option(
         min=0, help="Fine-tune this many convolutions from the top; default all.")] = None,
-    input_size: Annotated[int, typer.Option(
-        min=32, help="Pixels a side that a transferred backbone sees.")] = 96,
+    input_size: Annotated[int | None, typer.Option(
+        min=32, help="Pixels a side that a transferred backbone sees; default 96.")] = None,
     image_size: ImageSize = None,
     num_images: NumImages = None,
     max_skipped: MaxSkipped = 0.2,
-    seed: int = 0,
+    min_images: MinImages = 0,
+    path_column: PathColumn = None,
+    label_column: LabelColumn = None,
+    seed: Annotated[int | None, typer.Option(
+        help="Of the split, the weights and the augmentation; default 0.")] = None,
+    recipe: Annotated[Path | None, typer.Option(
+        metavar="FILE", help="Fields of the recipe as YAML, or a run's recipe.json.")] = None,
+    fields: Annotated[list[str] | None, typer.Option(
+        "--set", metavar="NAME=VALUE", help="One field of the recipe, such as policy.mixup=0.2 "
+        "or head.epochs=3; may be repeated.")] = None,
+    print_recipe: Annotated[bool, typer.Option(
+        "--print-recipe", help="Show the whole recipe as YAML and train nothing.")] = False,
     run: Annotated[str | None, typer.Option(
         help="Name of the run's folder under models/; default the data set's name.")] = None,
     resume: Annotated[Path | None, typer.Option(
@@ -113,20 +179,29 @@ def train(
     from cvdl.core import models_folder
     from cvdl.data import load
 
-    transferred = model not in (ModelName.baseline, ModelName.fast_cnn)
-    if not transferred and (freeze_base or unfreeze_layers is not None):
-        raise DataError(f"--freeze-base, --unfreeze-layers: {model.value} has no pretrained "
+    file, single = _read_recipe(recipe), _set_fields(fields or [])
+    given = _option_fields(
+        epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed,
+        freeze_base=freeze_base, unfreeze_layers=unfreeze_layers, input_size=input_size)
+    name = single.get("model") or (model and model.value) or file.get("model") or "baseline"
+    if name in ("baseline", "fast-cnn") and (freeze_base or unfreeze_layers is not None):
+        raise DataError(f"--freeze-base, --unfreeze-layers: {name} has no pretrained "
                         "base; choose another --model or leave them out")
-    selection = {"image_size": image_size, "num_images": num_images, "seed": seed,
-                 "max_skipped": max_skipped}
+    if print_recipe:
+        start_tensorflow()
+        values = _make_recipe(name, file, given, single).to_dict()
+        return print(yaml.safe_dump(values, sort_keys=False), end="")
+    selection = {"image_size": image_size, "num_images": num_images,
+                 "seed": {"seed": 0, **file, **given, **single}["seed"],
+                 "max_skipped": max_skipped, "min_images": min_images}
+    columns = {"path_column": path_column, "label_column": label_column}
+    selection |= {name: value for name, value in columns.items() if value is not None}
     splits = load(data, **selection)
     start_tensorflow()
     from cvdl.training import train as train_model
 
-    recipe = _recipe(
-        model, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed,
-        freeze_base=freeze_base, unfreeze_layers=unfreeze_layers, input_size=input_size)
+    chosen = _make_recipe(name, file, given, single)
     folder = models_folder(run or splits.name)
     splits.save(folder / "splits")
-    _print_run(train_model(recipe, splits, folder / model.value,
+    _print_run(train_model(chosen, splits, folder / chosen.model,
                            source=_source(data, **selection), **options))

@@ -185,7 +185,7 @@ MAX_PIXELS = 100_000_000  # of one image; more is refused before anything is dec
 _FORMATS = {
     "JPEG": {".jpg", ".jpeg", ".jpe", ".jfif"}, "MPO": {".jpg", ".jpeg", ".mpo"},
     "PNG": {".png", ".apng"}, "WEBP": {".webp"}, "BMP": {".bmp", ".dib"}, "GIF": {".gif"},
-    "TIFF": {".tif", ".tiff"}}
+    "TIFF": {".tif", ".tiff"}, "HEIF": {".heic", ".heif", ".hif"}, "AVIF": {".avif"}}
 IMAGE_SUFFIXES = frozenset().union(*_FORMATS.values())
 _CHECKS = {"JPEG": _check_jpeg, "MPO": _check_jpeg, "GIF": _check_gif, "WEBP": _check_webp,
            "BMP": _check_bmp, "PNG": _check_png}
@@ -229,6 +229,21 @@ def _decode_tiff(content: bytes, error: Exception) -> np.ndarray:
                 return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
     raise DataError(_reason(error)) from error
 
+# %% ../../nbs/images/decoding.ipynb #52629556
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+
+
+def _prepare_heif(content: bytes) -> None:
+    "Teach Pillow to read a HEIC file; `DataError` where the package for it is missing."
+    if content[4:8] != b"ftyp" or content[8:12] not in _HEIF_BRANDS:
+        return
+    try:
+        import pillow_heif
+    except ImportError:
+        raise DataError("a HEIC photo, which needs pip install 'cvdl[heic]' (pillow-heif)"
+                        ) from None
+    pillow_heif.register_heif_opener()
+
 # %% ../../nbs/images/decoding.ipynb #78fb1345
 def decode_with_size(
     content: bytes,      # the file
@@ -239,6 +254,7 @@ def decode_with_size(
     if not content:
         raise DataError("empty file")
     try:
+        _prepare_heif(content)
         with Image.open(io.BytesIO(content)) as image:
             _check_file(image, content, suffix)
             own_size = image.size[::-1]

@@ -277,7 +277,8 @@ def _check_classes(parts: Sequence[Images], classes: Sequence[str], name: str) -
                 f"{name}: class {classes[missing[0]]!r} with {number} readable "
                 f"image{'' if number == 1 else 's'} leaves none for {title}; "
                 "each class needs at least 3 different images (or groups), and one in each "
-                "part that is given: add images or use more of them.")
+                "part that is given: add images, use more of them, or leave small classes "
+                "out with min_images.")
 
 # %% ../../nbs/images/splits.ipynb #13690ec7
 def make_splits(

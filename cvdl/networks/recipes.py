@@ -7,6 +7,7 @@ __all__ = ['Architecture', 'Optimizer', 'Schedule', 'Head', 'FineTuning', 'Resol
 
 # %% ../../nbs/networks/recipes.ipynb #4789d085
 import dataclasses
+import difflib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -223,8 +224,10 @@ def _check_names(kind: type, values: Mapping, where: str) -> None:
     known = sorted(item.name for item in dataclasses.fields(kind))
     if unknown := sorted(set(values) - set(known)):
         moved = f" (it is {_MOVED[unknown[0]]})" if unknown[0] in _MOVED else ""
+        near = [] if moved else difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f"did you mean {near[0]!r}? There" if near else "there"
         raise ValueError(f"{where}: no field is called {unknown[0]!r}{moved}; "
-                         f"there are {', '.join(known)}")
+                         f"{hint} are {', '.join(known)}")
 
 
 def _merge(part, changes, where: str):
