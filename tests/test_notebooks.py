@@ -352,6 +352,17 @@ def test_links_between_pages_lead_somewhere(path):
     assert not [link for link in links if not (path.parent / link).exists()]
 
 
+@notebooks
+def test_terms_are_in_the_glossary(path):
+    glossary = (ROOT / "book" / "glossary.md").read_text(encoding="utf-8")
+    terms = {line.strip().lower() for line in glossary.splitlines()
+             if line.strip() and not line.startswith(" ")}
+    used = re.findall(r"\{term\}`([^`]*)`", "\n".join(sources(path, "markdown")))
+    named = {" ".join(re.sub(r".*<(.*)>", r"\1", term, flags=re.DOTALL).split()).lower()
+             for term in used}
+    assert not named - terms
+
+
 def test_chapter_00_links_to_its_rooms():
     text = "\n".join(sources(CHAPTERS[0], "markdown"))
     assert all(f"]({name}.ipynb)" in text for name in dict(outline())["00_data"])
