@@ -50,10 +50,10 @@ NAMED = 4  # definitions that the title of folded code names
 
 def number(
     name: str,  # of a chapter or a room
-) -> str:  # "00", or "00.1"; empty for a page that stands under no chapter
+) -> str:  # "00", or "00.1"; empty for a page under no numbered chapter
     "What stands before its title; a missing room leaves the numbers of the others alone."
     for chapter, below in outline():
-        if name in below:
+        if is_chapter(chapter) and name in below:
             return f"{chapter[:2]}.{below.index(name) + 1}"
     return name[:2] if is_chapter(name) else ""
 
