@@ -984,6 +984,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'cvdl.networks.building.build_model': ( 'networks/building.html#build_model',
                                                                                 'cvdl/networks/building.py'),
                                         'cvdl.networks.building.finalize': ('networks/building.html#finalize', 'cvdl/networks/building.py'),
+                                        'cvdl.networks.building.flatten_model': ( 'networks/building.html#flatten_model',
+                                                                                  'cvdl/networks/building.py'),
                                         'cvdl.networks.building.float32_twin': ( 'networks/building.html#float32_twin',
                                                                                  'cvdl/networks/building.py'),
                                         'cvdl.networks.building.rebuild_model': ( 'networks/building.html#rebuild_model',

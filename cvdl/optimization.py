@@ -24,6 +24,7 @@ from .evidence.statistics import non_inferiority
 from .files.artifacts import file_size, tflite_predictor
 from .files.legacy_keras import flat_layers, layer_weights, prune_in_child_process
 from .images.policies import Policy
+from .networks.building import flatten_model
 from .networks.devices import resolve_precision
 from .networks.features import recalibrate_batch_norm
 from .networks.recipes import Recipe
@@ -60,7 +61,7 @@ def _with_weights(model: keras.Model, weights: Mapping[str, np.ndarray]) -> kera
 
 # %% ../nbs/07_optimization.ipynb #5e6cecdb
 def prune(
-    model: keras.Model,                # trained, flat; stays as it is
+    model: keras.Model,                # trained; stays as it is
     train: Images,                     # images of the fine-tuning
     *,
     sparsity: float,                   # share of zeros in each kernel at the end
@@ -75,6 +76,7 @@ def prune(
     progress: bool = True,             # show a progress bar
 ) -> keras.Model:                      # a new model with pruned weights
     "Prune by magnitude while fine-tuning; raise ValueError where the steps are too few."
+    model = flatten_model(model)
     request = _pruning_request(
         model, sparsity=sparsity, epochs=epochs, batch_size=batch_size, policy=policy,
         learning_rate=learning_rate, label_smoothing=label_smoothing, precision=precision,

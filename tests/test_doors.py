@@ -166,6 +166,56 @@ def test_one_sigmoid_is_two_classes(foreign, tmp_path):
         assert re.search(r"ring [\d.]+%", said) and re.search(r"triangle [\d.]+%", said)
 
 
+@pytest.fixture(scope="module")
+def tutorial(place):
+    "Keras' own tutorial: augmentation and a backbone as models inside the model."
+    import keras
+
+    keras.utils.set_random_seed(0)
+    backbone = keras.applications.MobileNetV2(
+        input_shape=(32, 32, 3), include_top=False, weights=None, alpha=0.35)
+    backbone.trainable = False
+    x = pixels = keras.Input((32, 32, 3))
+    x = keras.Sequential([keras.layers.RandomFlip("horizontal")])(x)
+    x = keras.applications.mobilenet_v2.preprocess_input(x)
+    x = keras.layers.GlobalAveragePooling2D()(backbone(x, training=False))
+    model = keras.Model(pixels, keras.layers.Dense(3, "softmax")(x))
+    model.save(place / "tutorial.keras")
+    return model
+
+
+def test_models_inside_a_model_are_flattened_explained_and_exported(tutorial, tmp_path):
+    import keras
+
+    from cvdl.files.artifacts import load_predictor
+
+    predictor = load_predictor("tutorial.keras")
+    assert not any(isinstance(layer, keras.Model) for layer in predictor.model.layers)
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
+    expected = tutorial.predict(pixels.astype("float32"), verbose=0)
+    np.testing.assert_allclose(predictor(pixels), expected, atol=1e-6)
+    words = ["--model", "tutorial.keras", "--classes", ",".join(NAMES), "--data", "others"]
+    cvdl("evaluate", *words, "--gradcam", "--output", tmp_path)
+    assert (tmp_path / "gradcam_examples.png").stat().st_size > 5000
+    said = cvdl("export", *words, "--format", "tflite", "--output", tmp_path / "out")
+    assert "agrees with Keras on 100.00%" in said
+
+
+@pytest.mark.release
+def test_models_inside_a_model_are_pruned():
+    import keras
+
+    from cvdl.optimization import kernel_sparsity, prune
+
+    inner = keras.Sequential([keras.Input((32, 32, 3)), keras.layers.Conv2D(16, 3)])
+    nested = keras.Sequential([
+        keras.Input((32, 32, 3)), keras.layers.Rescaling(1 / 255), inner,
+        keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(10, activation="softmax")])
+    thin = prune(nested, draw_shapes(200, size=32, seed=0), sparsity=0.5, batch_size=20,
+                 precision="float32", progress=False)
+    assert abs(kernel_sparsity(thin) - 0.5) < 0.03
+
+
 def test_a_model_for_any_size_asks_for_one(foreign):
     said = cvdl("predict", "--model", "any.keras", "one.jpg", code=1)
     assert "--image-size: any.keras takes images of any size" in said

@@ -58,7 +58,7 @@ def map_layers(
         raise ValueError(
             f"model: expected a convolution whose output is larger than 1 × 1, "
             f"{model.name!r} has none among its {len(layers)} layers"
-            + (f"; {nested[0]!r} is a model of its own, pass one whose layers are inlined"
+            + (f"; {nested[0]!r} is a model of its own: pass what flatten_model makes of it"
                if nested else ""))
     completed = dict.fromkeys(_completed_by(layers, index).name for index in convolutions)
     rows = [(name, *model.get_layer(name).output.shape[1:]) for name in completed]

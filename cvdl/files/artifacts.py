@@ -192,9 +192,10 @@ def savedmodel_predictor(
 def _keras_file_predictor(path: str | os.PathLike) -> Predictor:
     "Wrap a .keras file, or the model of a run's folder, as a Predictor."
     from cvdl.evidence.predictors import keras_predictor
+    from cvdl.networks.building import flatten_model
     from cvdl.networks.checkpoints import load_model
 
-    return keras_predictor(load_model(path))
+    return keras_predictor(flatten_model(load_model(path)))
 
 # %% ../../nbs/files/artifacts.ipynb #0c180c5x
 def load_predictor(
