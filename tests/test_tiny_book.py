@@ -1,5 +1,4 @@
-"""The whole book with the profile `tiny`: what it leaves, what a kill changes, and its site in
-a real browser."""
+"The whole book with the profile `tiny`: what it leaves, its pages, its chapters alone."
 
 import csv
 import json
@@ -14,12 +13,12 @@ import pytest
 import yaml
 from bs4 import BeautifulSoup, SoupStrainer
 from build_site import fold_title
-from common import RESULTS, chapters, listed, parts, rooms
+from common import RESULTS, chapters, listed, parts
 from conftest import ROOT, environment, make
 from execution import LARGEST
 from nbformat.v4 import new_code_cell
 
-CHAPTERS, ROOMS = chapters(), rooms()
+CHAPTERS = chapters()
 BIN = Path(sys.executable).parent
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None

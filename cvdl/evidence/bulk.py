@@ -22,16 +22,16 @@ import numpy as np
 
 from ..core import DataError
 from ..images.decoding import IMAGE_SUFFIXES, decode_image
-from ..images.sources import describe_read_error, read_file_bytes
+from ..images.sources import describe_read_error, open_source, read_file_bytes
 
 # %% ../../nbs/evidence/bulk.ipynb #ee701e9c
 def _images_below(folder: Path) -> Iterator[Path]:
-    "Yield the image files in a folder and below, in order; nothing hidden."
-    for place, folders, files in os.walk(folder, followlinks=False):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
-                yield Path(place) / name
+    "Yield the image files in a folder and below, as `load` walks it; nothing hidden."
+    with open_source(folder) as source:
+        for file in map(Path, source.names):
+            hidden = any(part.startswith(".") for part in file.parts)
+            if file.suffix.lower() in IMAGE_SUFFIXES and not hidden:
+                yield folder / file
 
 
 def find_images(
